@@ -1,0 +1,1 @@
+"""What a user runs: the pipeline, the demo, the chat."""

@@ -1,0 +1,140 @@
+"""What a person sees while a job runs: rich progress on a terminal, plain lines in a log, silence when asked.
+
+Everything goes to stderr, so that stdout carries results alone (`--json`). Long work always shows its rate
+and ETA. `quiet()` turns all of it off; tests do.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+_LOG_INTERVAL_S = 5.0
+_quiet = False
+
+
+def quiet(on: bool = True) -> None:
+    """Silence (or restore) every message and progress bar of this process."""
+    global _quiet
+    _quiet = on
+
+
+def say(message: str) -> None:
+    """Print one line for the user on stderr."""
+    if _quiet:
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False).print(message, markup=False)
+    else:
+        print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print one warning for the user on stderr."""
+    say(f"warning: {message}")
+
+
+class Progress(Protocol):
+    """A running job's progress."""
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        """Count `amount` more units as done; `note` is shown behind the bar."""
+
+
+@contextmanager
+def progress(label: str, total: float | None, unit: str, done: float = 0) -> Iterator[Progress]:
+    """Show progress with rate and ETA while the block runs.
+
+    Args:
+        label: what is being done, such as "train".
+        total: how many units there are in all, or None when unknown.
+        unit: plural noun of what is counted, such as "steps".
+        done: units already done before (a resumed run).
+    """
+    if _quiet:
+        yield _Silent()
+    elif sys.stderr.isatty():
+        with _bar(label, total, unit, done) as bar:
+            yield bar
+    else:
+        lines = _Lines(label, total, unit, done)
+        yield lines
+        lines.finish()
+
+
+class _Silent:
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        pass
+
+
+class _Lines:
+    """A line every few seconds, for logs and pipes."""
+
+    def __init__(self, label: str, total: float | None, unit: str, done: float) -> None:
+        self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
+        self.start_s = self.last_s = time.monotonic()
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.done += amount
+        now_s = time.monotonic()
+        if now_s - self.last_s >= _LOG_INTERVAL_S:
+            self.last_s = now_s
+            self._print(note)
+
+    def _print(self, note: str) -> None:
+        rate = (self.done - self.first) / max(time.monotonic() - self.start_s, 1e-9)
+        total = f"/{self.total:,.0f}" if self.total else ""
+        eta = f" · ETA {_clock((self.total - self.done) / rate)}" if self.total and rate > 0 else ""
+        tail = f" · {note}" if note else ""
+        say(f"{self.label}: {self.done:,.0f}{total} {self.unit} · {_rate(rate)} {self.unit}/s{eta}{tail}")
+
+    def finish(self) -> None:
+        elapsed_s = time.monotonic() - self.start_s
+        rate = (self.done - self.first) / max(elapsed_s, 1e-9)
+        say(f"{self.label}: {self.done:,.0f} {self.unit} in {elapsed_s:.1f} s ({_rate(rate)} {self.unit}/s)")
+
+
+@contextmanager
+def _bar(label: str, total: float | None, unit: str, done: float) -> Iterator[Progress]:
+    """A rich bar with count, rate and ETA."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}" if total else "{task.completed:,.0f}"),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(label, total=total, completed=done, rate="", note="")
+        start_s = time.monotonic()
+
+        class Bar:
+            done = 0.0
+
+            def advance(self, amount: float = 1, note: str = "") -> None:
+                self.done += amount
+                rate = self.done / max(time.monotonic() - start_s, 1e-9)
+                bars.update(task, advance=amount, note=note, rate=f"{_rate(rate)} {unit}/s")
+
+        yield Bar()
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,1 @@
+"""Instruction data: importers, tasks, cleaning, chat format, tokens directories, batches. No torch here."""

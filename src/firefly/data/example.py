@@ -1,0 +1,115 @@
+"""An `Example` is one record of the dataset: which task it is, the messages, and where it came from.
+
+On disk it is one JSON line. A single question and answer is written the way firefly-train-1.1M writes it,
+`{"kind", "input", "target", "source"}`; anything longer as `{"kind", "messages", "source"}`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from firefly.errors import InputError
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training record: `kind` names the task, `source` says where it came from (file:line)."""
+
+    kind: str
+    messages: tuple[Message, ...]
+    source: str = ""
+
+    @classmethod
+    def of(cls, kind: str, input: str, target: str, source: str = "") -> Example:
+        """A single question and its answer."""
+        return cls(kind, (Message("user", input), Message("assistant", target)), source)
+
+    @property
+    def input(self) -> str:
+        """Everything before the last answer, joined by newlines."""
+        return "\n".join(message.content for message in self.messages[:-1])
+
+    @property
+    def target(self) -> str:
+        """The last answer."""
+        return self.messages[-1].content
+
+    @property
+    def content_hash(self) -> str:
+        """A hash of kind and messages alone: the same record has the same hash wherever it comes from."""
+        turns = [[message.role, message.content] for message in self.messages]
+        text = json.dumps([self.kind, turns], ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+    def to_json(self) -> str:
+        """The record as one JSON line, without the line end."""
+        record: dict[str, Any] = {"kind": self.kind}
+        if [message.role for message in self.messages] == ["user", "assistant"]:
+            record |= {"input": self.messages[0].content, "target": self.messages[1].content}
+        else:
+            record["messages"] = [{"role": m.role, "content": m.content} for m in self.messages]
+        return json.dumps(record | {"source": self.source}, ensure_ascii=False)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], path: Path, line: int, kind: str | None = None) -> Example:
+        """Read a record with `kind`, and `input`/`target` or `messages`.
+
+        Raises `InputError` naming file, line and field.
+        """
+        where = f"{path}, line {line}"
+        name = record.get("kind", kind)
+        if not isinstance(name, str):
+            raise InputError(
+                f'{where}: field \'kind\' is missing; write the task\'s name, e.g. "kind": "Couplet".'
+            )
+        source = record.get("source") or f"{path.name}:{line}"
+        if "messages" in record:
+            return cls(name, _messages(record["messages"], where), source)
+        for field in ("input", "target"):
+            if not isinstance(record.get(field), str):
+                have = ", ".join(sorted(record)) or "none"
+                raise InputError(
+                    f"{where}: field '{field}' is missing or not text; the fields there are: {have}."
+                )
+        return cls.of(name, record["input"], record["target"], source)
+
+
+def _messages(value: Any, where: str) -> tuple[Message, ...]:
+    """Check that messages are an optional system turn, then user and assistant in alternation."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: field 'messages' must be a list of role/content objects.")
+    messages = []
+    for index, turn in enumerate(value):
+        if (
+            not isinstance(turn, dict)
+            or not isinstance(turn.get("content"), str)
+            or turn.get("role") not in ROLES
+        ):
+            raise InputError(
+                f"{where}: messages[{index}] needs 'content' (text) and 'role' (one of {', '.join(ROLES)})."
+            )
+        messages.append(Message(cast(Role, turn["role"]), turn["content"]))
+    roles = [message.role for message in messages if message.role != "system"]
+    alternate = all(role == ("user", "assistant")[index % 2] for index, role in enumerate(roles))
+    system_first = all(message.role != "system" for message in messages[1:])
+    if not roles or not alternate or roles[-1] != "assistant" or not system_first:
+        raise InputError(
+            f"{where}: messages must be an optional system turn, then user and assistant in turn, ending with the "
+            f"assistant; the roles there are: {', '.join(m.role for m in messages)}."
+        )
+    return tuple(messages)

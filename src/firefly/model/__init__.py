@@ -1,0 +1,1 @@
+"""Models: families, loading and saving, packed attention, loss, generation."""

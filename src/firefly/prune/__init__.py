@@ -1,0 +1,1 @@
+"""Vocabulary pruning: count tokens, choose a closed keep-set, rewrite tokenizer and weights, prove it."""

@@ -1,0 +1,311 @@
+"""The recipe: one TOML file describes a whole run. This schema is the only place where an option is defined.
+
+Each field carries its default, its allowed range and its help. `Recipe.load` reads a file, applies
+`section.key=value` overrides, and reports *all* mistakes together, each with field, value, allowed range,
+cure and nearest key. Keys keep the ecosystem's names. No torch here: reading a recipe is instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from firefly.errors import RecipeError
+
+Kind = Literal["sft", "pretrain"]
+
+
+class Section(BaseModel):
+    """One table of the recipe: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    base: str = Field(
+        description="a model directory in Hugging Face layout, a hub name, or 'demo:base', the embedded base"
+    )
+
+
+class PruneSection(Section):
+    """Which tokens the pruned vocabulary keeps. Leave the table out to train the base as it is."""
+
+    corpus: list[str] = Field(
+        default=[], description="text files or folders to count tokens in; empty: the recipe's own data"
+    )
+    vocab_size: Annotated[int, Field(gt=0)] = Field(description="exact size of the pruned vocabulary")
+    pad_to_multiple: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="keep a few more tokens so that vocab_size is a multiple of this"
+    )
+    keep_file: str | None = Field(
+        default=None, description="a text file of further tokens to keep, one a line"
+    )
+
+
+class Source(Section):
+    """One source of training data."""
+
+    path: str = Field(
+        description="a file; relative paths start at the recipe's folder, 'demo:NAME' is embedded"
+    )
+    importer: str = Field(default="auto", description="how to read it; 'auto' looks at the first record")
+    task: str | None = Field(default=None, description="the task that renders raw records, e.g. Couplet")
+    cap: Annotated[int, Field(ge=1)] | None = Field(default=None, description="at most this many records")
+    repeat: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="render each record with this many different templates"
+    )
+
+
+class DataSection(Section):
+    """What the model learns from, and how it becomes tokens."""
+
+    sources: list[Source] = Field(min_length=1, description="the sources, in order")
+    max_seq_length: Annotated[int, Field(ge=8, le=1_048_576)] = Field(
+        default=512, description="tokens in one sample at most"
+    )
+    overlong: Literal["truncate", "drop", "error"] = Field(
+        default="truncate",
+        description="what to do with a longer sample; every cut is counted and shown",
+    )
+    allow_lost_targets: bool = Field(
+        default=False,
+        description="drop samples whose target would be cut entirely, instead of stopping with an error",
+    )
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.02, description="share of the examples held out, chosen by content hash"
+    )
+    deduplicate: bool = Field(default=True, description="drop exact repetitions")
+
+
+class TrainSection(Section):
+    """How it is trained. A batch counts samples, so packing changes the layout and never the mathematics."""
+
+    objective: Kind = Field(default="sft", description="sft: loss on targets alone; pretrain: on every token")
+    method: Literal["full"] = Field(default="full", description="full: every parameter learns")
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = Field(default=16, description="samples a step")
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="micro-batches added up before an optimizer step"
+    )
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="optimizer steps in total"
+    )
+    num_train_epochs: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="passes over the data when max_steps is not given"
+    )
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(default=3e-5, description="peak learning rate")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="shape after warm-up"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=3000, description="steps of linear warm-up")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="where cosine and linear end, as a share of learning_rate"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW, on matrices only")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="clip the global norm to this"
+    )
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        default="auto",
+        description="arithmetic; weights stay float32. auto: bf16 on CUDA, float32 on CPU",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute each layer in the backward pass: less memory, a third more time"
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(default=42, description="order of the samples")
+    logging_steps: Annotated[int, Field(ge=1)] = Field(default=10, description="steps between log lines")
+    eval_steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="steps between validations; always one at the end"
+    )
+    save_steps: Annotated[int, Field(ge=1)] = Field(default=500, description="steps between checkpoints")
+    save_total_limit: Annotated[int, Field(ge=1)] = Field(default=2, description="checkpoints kept")
+    resume_from_checkpoint: Literal["auto", "never"] = Field(
+        default="auto", description="auto: go on from the newest good checkpoint of this run"
+    )
+    report_to: list[Literal["tensorboard"]] = Field(default=["tensorboard"])
+
+
+class GenerationSection(Section):
+    """Sampling, for chat and evaluation; the defaults are the article's."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 200
+    do_sample: bool = True
+    temperature: Annotated[float, Field(gt=0)] = 0.35
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.85
+    repetition_penalty: Annotated[float, Field(ge=1)] = 1.2
+    seed: Annotated[int, Field(ge=0)] = 42
+
+
+class EvaluateSection(Section):
+    """What is measured before and after training."""
+
+    generations_per_kind: Annotated[int, Field(ge=0)] = Field(
+        default=16, description="held-out prompts answered per task"
+    )
+    batch_size: Annotated[int, Field(ge=1)] = Field(default=16, description="prompts answered at once")
+
+
+class Recipe(Section):
+    """A whole run: model → prune → data → train → evaluate."""
+
+    name: str = Field(min_length=1, description="the run's name")
+    output_dir: str = Field(description="where every result goes; relative to the current folder")
+    model: ModelSection
+    prune: PruneSection | None = None
+    data: DataSection
+    train: TrainSection = TrainSection()
+    generation: GenerationSection = GenerationSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    @property
+    def out(self) -> Path:
+        """The output directory as a path."""
+        return Path(self.output_dir)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a TOML recipe and apply overrides such as `train.learning_rate=2e-5`.
+
+        Relative source, corpus and base paths that exist beside the recipe are resolved against its folder.
+        Raises `RecipeError` with every mistake at once.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise RecipeError(
+                f"The recipe {path} does not exist; recipes are TOML files, see the folder recipes/."
+            )
+        try:
+            text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+            table = tomllib.loads(text)
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"{path} is not valid TOML: {error}.") from error
+        if not table:
+            raise RecipeError(f"The recipe {path} is empty; start from one in the folder recipes/.")
+        for override in overrides:
+            _apply(table, override)
+        _anchor_paths(table, path.parent)
+        return cls.from_table(table, str(path))
+
+    @classmethod
+    def from_table(cls, table: dict[str, Any], origin: str = "the recipe") -> Recipe:
+        """Validate a table of recipe values; raises `RecipeError` with every mistake at once."""
+        try:
+            return cls.model_validate(table)
+        except ValidationError as error:
+            lines = [_sentence(detail) for detail in error.errors()]
+            head = f"{origin}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+            raise RecipeError("\n  ".join([head, *lines])) from error
+
+    def to_toml(self) -> str:
+        """The recipe with every default written out, as TOML that `load` reads back to an equal recipe."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True), multiline_strings=False)
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in the raw table; the value is read as TOML, else taken as text."""
+    name, equals, raw = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(
+            f"The override '{override}' is not of the form section.key=value, e.g. train.learning_rate=2e-5."
+        )
+    try:
+        value = tomllib.loads(f"value = {raw.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    place = table
+    for key in keys[:-1]:
+        place = place.setdefault(key, {})
+        if not isinstance(place, dict):
+            raise RecipeError(
+                f"The override '{override}' goes through '{key}', which is a value, not a table."
+            )
+    place[keys[-1]] = value
+
+
+def _anchor_paths(table: dict[str, Any], folder: Path) -> None:
+    """Resolve relative input paths against the recipe's folder, so that a recipe runs from anywhere."""
+
+    def anchored(value: Any) -> Any:
+        if not isinstance(value, str) or value.startswith("demo:") or Path(value).is_absolute():
+            return value
+        beside = folder / value
+        return str(beside) if beside.exists() else value
+
+    model, prune, data = (table.get(section) for section in ("model", "prune", "data"))
+    if isinstance(model, dict) and "base" in model:
+        model["base"] = anchored(model["base"])
+    if isinstance(prune, dict):
+        if isinstance(prune.get("corpus"), list):
+            prune["corpus"] = [anchored(item) for item in prune["corpus"]]
+        if "keep_file" in prune:
+            prune["keep_file"] = anchored(prune["keep_file"])
+    if isinstance(data, dict) and isinstance(data.get("sources"), list):
+        for source in data["sources"]:
+            if isinstance(source, dict) and "path" in source:
+                source["path"] = anchored(source["path"])
+
+
+def _sentence(detail: Any) -> str:
+    """One pydantic error as one sentence: field, value, allowed range, cure, nearest key."""
+    location, kind, value = detail["loc"], detail["type"], detail["input"]
+    name = ".".join(str(part) for part in location)
+    context = detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{name} = {value!r}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{name}: missing; {_help_at(location) or 'add it'}"
+    if kind == "literal_error":
+        expected = context["expected"].replace(" or ", ", ")
+        near = difflib.get_close_matches(str(value), [part.strip(" '") for part in expected.split(",")], n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return f"{name} = {value!r}: allowed: {expected}{hint}"
+    bounds = {"greater_than": ">", "greater_than_equal": "≥", "less_than": "<", "less_than_equal": "≤"}
+    if kind in bounds:
+        limit = next(iter(context.values()))
+        return f"{name} = {value!r}: must be {bounds[kind]} {limit}; {_help_at(location) or 'change it'}"
+    message = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{name} = {value!r}: should be {message}; {_help_at(location) or 'change it'}"
+
+
+def _section_at(location: Sequence[Any]) -> type[Section] | None:
+    """The schema class that lies at a location such as ('data', 'sources', 0)."""
+    here: type[Section] = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = here.model_fields.get(part)
+        if field is None:
+            return None
+        options = [field.annotation, *get_args(field.annotation)]
+        inner = [option for option in options if isinstance(option, type) and issubclass(option, Section)]
+        if not inner:
+            return None
+        here = inner[0]
+    return here
+
+
+def _fields_at(location: Sequence[Any]) -> list[str]:
+    section = _section_at(location)
+    return list(section.model_fields) if section else []
+
+
+def _help_at(location: Sequence[Any]) -> str | None:
+    section = _section_at(location[:-1])
+    field = section.model_fields.get(str(location[-1])) if section else None
+    return field.description if field else None
