@@ -50,6 +50,14 @@ class TrainingError(FireflyError):
     """Training stopped before it could do harm."""
 
 
+class Interrupted(Exception):
+    """A signal asked for a stop and everything is saved; `signal_number` is the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 def choices(wrong: str, known: Iterable[str]) -> str:
     """The end of an error sentence for an unknown name: the nearest match first, then every choice."""
     names = sorted(known)

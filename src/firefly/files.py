@@ -109,6 +109,28 @@ def directory_atomic(path: Path) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def exclusive(directory: Path, what: str) -> Iterator[None]:
+    """Hold `directory` for this process alone; raises `OutputError` when another one works there.
+
+    The lock goes with the process, so a killed one leaves nothing to clean up.
+    """
+    with writing_to(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = (directory / ".lock").open("w")
+    with handle:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"Another process is working in {directory} ({what}); wait for it, or choose another output_dir."
+                ) from error
+        yield
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as handle:

@@ -35,6 +35,16 @@ class Example:
     source: str = ""
 
     @classmethod
+    def plain(cls, kind: str, text: str, source: str = "") -> Example:
+        """A plain text to learn from, without a question."""
+        return cls(kind, (Message("assistant", text),), source)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is a plain text, without a question."""
+        return len(self.messages) == 1
+
+    @classmethod
     def of(cls, kind: str, input: str, target: str, source: str = "") -> Example:
         """A single question and its answer."""
         return cls(kind, (Message("user", input), Message("assistant", target)), source)
@@ -90,7 +100,10 @@ class Example:
 
 
 def _messages(value: Any, where: str) -> tuple[Message, ...]:
-    """Check that messages are an optional system turn, then user and assistant in alternation."""
+    """Check that messages are an optional system turn, then user and assistant in alternation.
+
+    One assistant turn alone is a plain text, for pre-training.
+    """
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: field 'messages' must be a list of role/content objects.")
     messages = []
@@ -105,6 +118,8 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
             )
         messages.append(Message(cast(Role, turn["role"]), turn["content"]))
     roles = [message.role for message in messages if message.role != "system"]
+    if [message.role for message in messages] == ["assistant"]:
+        return tuple(messages)
     alternate = all(role == ("user", "assistant")[index % 2] for index, role in enumerate(roles))
     system_first = all(message.role != "system" for message in messages[1:])
     if not roles or not alternate or roles[-1] != "assistant" or not system_first:

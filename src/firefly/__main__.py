@@ -1,0 +1,5 @@
+"""`python -m firefly` is `firefly`."""
+
+from firefly.cli import main
+
+main()

@@ -1,0 +1,189 @@
+"""The pipeline: dataset → prune → tokens → train → evaluate, each stage skipped when it is already done.
+
+Every stage writes its result atomically and then leaves a stamp, `OUT/.stages/NAME.json`, with a fingerprint of
+all it depended on. A stage whose fingerprint still holds is skipped; a changed recipe, source or base redoes it
+and whatever comes after. Killed anywhere and run again, a run ends with the same bytes.
+
+    OUT/dataset   examples, rejects, card.json         OUT/run         checkpoints, metrics, loss.png
+    OUT/pruned    the pruned base, prune.json          OUT/model       the finished model directory
+    OUT/tokens    ids, masks, borders, lengths.png     OUT/evaluation  results.json, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import firefly
+from firefly.console import say
+from firefly.data.dataset import build_dataset
+from firefly.data.tokens import encode_dataset
+from firefly.errors import ModelError
+from firefly.evaluate.run import evaluate
+from firefly.files import exclusive, locate, sha256_file, sha256_json, write_atomic, write_json
+from firefly.model.load import read_config, resolve, weight_files
+from firefly.prune.prune import prune_model
+from firefly.recipe import Recipe
+from firefly.train.loop import train
+
+StageName = Literal["dataset", "prune", "tokens", "train", "evaluate"]
+STAGES: tuple[StageName, ...] = ("dataset", "prune", "tokens", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One stage: its result as JSON values, how long it took, and whether it was there already."""
+
+    result: dict[str, Any]
+    wall_s: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run up to its last asked stage."""
+
+    name: str
+    output: str
+    stages: dict[str, StageResult] = field(default_factory=dict)
+
+
+def run_stages(recipe: Recipe, until: StageName = "evaluate") -> RunResult:
+    """Run every stage up to `until`, skipping what is done.
+
+    Raises a `FireflyError` for anything the user can mend; what was finished before stays.
+    """
+    base = resolve(recipe.model.base)
+    read_config(base)
+    weight_files(base)
+    if not (base / "tokenizer.json").is_file():
+        raise ModelError(f"{base} has no tokenizer.json; save the base with a fast tokenizer.")
+    with exclusive(recipe.out, "a Firefly run"):
+        write_atomic(recipe.out / "recipe.toml", recipe.to_toml())
+        line = _Line(recipe)
+        for name in STAGES[: STAGES.index(until) + 1]:
+            if name == "prune" and recipe.prune is None:
+                continue
+            getattr(line, name)(base)
+    return RunResult(recipe.name, str(recipe.out), line.done)
+
+
+class _Line:
+    """The stages of one recipe, in order; each one's fingerprint covers those before it."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.out = recipe, recipe.out
+        self.done: dict[str, StageResult] = {}
+        self.marks: dict[str, str] = {}
+
+    @property
+    def model(self) -> Path:
+        """The model that is trained: the pruned base, or the base as it is."""
+        return self.out / "pruned" if self.recipe.prune else resolve(self.recipe.model.base)
+
+    def dataset(self, base: Path) -> None:  # noqa: ARG002 - stages have one signature
+        data = self.recipe.data
+        files = [_identity(locate(source.path)) for source in data.sources]
+        choices = data.model_dump(exclude={"max_seq_length", "overlong", "allow_lost_targets"})
+        place = self.out / "dataset"
+        self._stage("dataset", place, [choices, files], lambda: build_dataset(data, place))
+
+    def prune(self, base: Path) -> None:
+        section = self.recipe.prune
+        assert section is not None
+        keep_file = Path(section.keep_file) if section.keep_file else None
+        corpus = [Path(path) for path in section.corpus]
+        if not corpus:
+            corpus = [self.out / "dataset" / f"{split}.jsonl" for split in ("train", "validation")]
+        depends = [
+            section.model_dump(),
+            [_identity(path) for path in _files_of(base)],
+            [_identity(path) for path in corpus] if section.corpus else self.marks["dataset"],
+            _identity(keep_file) if keep_file else None,
+        ]
+
+        def work() -> Any:
+            return prune_model(
+                base,
+                self.out / "pruned",
+                vocab_size=section.vocab_size,
+                corpus=[path for path in corpus if path.stat().st_size] if not section.corpus else corpus,
+                pad_to_multiple=section.pad_to_multiple,
+                keep_file=keep_file,
+            )
+
+        self._stage("prune", self.out / "pruned", depends, work)
+
+    def tokens(self, base: Path) -> None:
+        data = self.recipe.data
+        limits = [data.max_seq_length, data.overlong, data.allow_lost_targets]
+        depends = [limits, self.marks["dataset"], self.marks.get("prune"), sha256_file(base / "tokenizer.json")]
+        place = self.out / "tokens"
+        self._stage(
+            "tokens", place, depends, lambda: encode_dataset(self.out / "dataset", self.model, data, place)
+        )
+
+    def train(self, base: Path) -> None:
+        section = self.recipe.train.model_dump()
+        depends = [section, self.marks["tokens"], self.marks.get("prune") or [_identity(p) for p in _files_of(base)]]
+        self._stage(
+            "train",
+            self.out / "model",
+            depends,
+            lambda: train(self.recipe, self.model, self.out / "tokens", self.out / "run", self.out / "model"),
+        )
+
+    def evaluate(self, base: Path) -> None:  # noqa: ARG002 - stages have one signature
+        recipe = self.recipe
+        depends = [recipe.evaluate.model_dump(), recipe.generation.model_dump(), self.marks["train"]]
+        models = {"base": self.model, "tuned": self.out / "model"}
+        place = self.out / "evaluation"
+        self._stage(
+            "evaluate",
+            place,
+            depends,
+            lambda: evaluate(recipe, models, self.out / "dataset", self.out / "tokens", place),
+        )
+
+    def _stage(self, name: StageName, place: Path, depends: Any, work: Callable[[], Any]) -> None:
+        mark = sha256_json([name, firefly.__version__, depends])
+        self.marks[name] = mark
+        stamp = self.out / ".stages" / f"{name}.json"
+        stored = _read_stamp(stamp)
+        if place.is_dir() and stored.get("fingerprint") == mark:
+            say(f"{name}: done before, skipped")
+            self.done[name] = StageResult(stored["result"], stored["wall_s"], True)
+            return
+        if stored:
+            say(f"{name}: the recipe or what it depends on changed, doing it again")
+        stamp.unlink(missing_ok=True)
+        started_s = time.monotonic()
+        made = work()
+        assert is_dataclass(made) and not isinstance(made, type)
+        result = asdict(made)
+        wall_s = round(time.monotonic() - started_s, 2)
+        write_json(stamp, {"fingerprint": mark, "result": result, "wall_s": wall_s})
+        self.done[name] = StageResult(result, wall_s, False)
+
+
+def _read_stamp(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _identity(path: Path) -> list[Any]:
+    """What tells one version of an input from another without reading all of it: names, sizes, times."""
+    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(item), item.stat()) for item in paths if item.is_file()]
+    return [str(path), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
+
+
+def _files_of(model: Path) -> list[Path]:
+    return [*weight_files(model), model / "config.json", model / "tokenizer.json"]

@@ -1,0 +1,203 @@
+"""The command line: each verb turns its arguments into one call of `firefly.api` and prints the result.
+
+Results go to stdout (`--json` for machines), progress and messages to stderr. What the user can mend is one
+sentence and exit status 1; a usage error is 2; a run stopped by a signal is 128 plus its number, all saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from firefly import api, console
+from firefly.errors import FireflyError, Interrupted
+from firefly.recipe import GenerationSection
+
+app = typer.Typer(
+    name="firefly",
+    help="Firefly(流萤): from a multilingual base model to a good Chinese conversational model.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML), see recipes/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the recipe's.")
+]
+
+
+def _show(result: Any, as_json: bool, lines: Callable[[Any], list[str]]) -> None:
+    """Print a typed result: as JSON, or as lines for a person."""
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result), ensure_ascii=False, indent=2))
+    else:
+        for line in lines(result):
+            typer.echo(line)
+
+
+def _stage_lines(result: Any) -> list[str]:
+    rows = [
+        f"{name:9} {'done before' if stage.skipped else f'{stage.wall_s:,.1f} s'}" for name, stage in result.stages.items()
+    ]
+    return [f"{result.name}: {result.output}", *rows]
+
+
+@app.command(
+    epilog="""Examples:\n\n    firefly demo\n\n    firefly demo --output out/again train.learning_rate=1e-3"""
+)
+def demo(
+    overrides: Overrides = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Output directory (out/demo).")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole pipeline, offline, on the embedded base model."""
+    console.quiet(quiet)
+    result = api.demo(output, overrides or [])
+    _show(result, as_json, lambda done: [f"summary: {done.output}/summary.json"])
+
+
+@app.command(
+    epilog="""Examples:\n\n    firefly prune bigscience/bloom-1b7 out/bloom-1b4-zh --corpus zh.txt --corpus en.txt --vocab-size 46145"""
+    """\n\n    firefly prune demo:base out/small --corpus poems.jsonl --vocab-size 8000 --pad-to-multiple 64"""
+)
+def prune(
+    model: Annotated[str, typer.Argument(help="A model directory, a hub name, or demo:base.")],
+    output: Annotated[Path, typer.Argument(help="The directory to write.")],
+    corpus: Annotated[
+        list[Path], typer.Option("--corpus", "-c", help="Text or JSON Lines, file or folder; may be repeated.")
+    ],
+    vocab_size: Annotated[int, typer.Option("--vocab-size", "-n", help="Exact size of the new vocabulary.")],
+    pad_to_multiple: Annotated[int, typer.Option(help="Make the size a multiple of this.")] = 1,
+    keep_file: Annotated[Path | None, typer.Option(help="Further tokens to keep, one a line.")] = None,
+    skip_logits_proof: Annotated[
+        bool, typer.Option("--skip-logits-proof", help="Leave out the part of the proof that runs both models.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a vocabulary to the tokens a corpus uses, exactly, and prove it."""
+    console.quiet(quiet)
+    result = api.prune(
+        model,
+        output,
+        corpus=corpus,
+        vocab_size=vocab_size,
+        pad_to_multiple=pad_to_multiple,
+        keep_file=keep_file,
+        prove_logits=not skip_logits_proof,
+    )
+    _show(
+        result,
+        as_json,
+        lambda done: [
+            f"{done.output}: {done.vocab_before:,} → {done.vocab_after:,} tokens, "
+            f"{done.params_before:,} → {done.params_after:,} parameters; proof in prune.json"
+        ],
+    )
+
+
+@app.command(epilog="""Examples:\n\n    firefly data recipes/firefly-1b4.toml""")
+def data(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Build the dataset of a recipe: import, template, clean, split, encode."""
+    console.quiet(quiet)
+    _show(api.data(recipe, overrides or []), as_json, _stage_lines)
+
+
+@app.command(
+    epilog="""Examples:\n\n    firefly train recipes/firefly-1b4.toml\n\n    firefly train recipes/firefly-1b4.toml train.learning_rate=2e-5"""
+)
+def train(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Train the model of a recipe; goes on from the last checkpoint."""
+    console.quiet(quiet)
+    _show(api.train(recipe, overrides or []), as_json, _stage_lines)
+
+
+@app.command(epilog="""Examples:\n\n    firefly run recipes/demo.toml\n\n    firefly run recipes/firefly-2b6.toml output_dir=out/mine""")
+def run(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Run every stage of a recipe, each skipped when it is already done."""
+    console.quiet(quiet)
+    _show(api.run(recipe, overrides or []), as_json, _stage_lines)
+
+
+@app.command(epilog="""Examples:\n\n    firefly evaluate out/demo\n\n    firefly evaluate recipes/demo.toml evaluate.generations_per_kind=50""")
+def evaluate(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|DIR", help="A recipe, or the output directory of a run.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a recipe's model on held-out data, before against after training."""
+    console.quiet(quiet)
+    _show(api.evaluate(recipe, overrides or []), as_json, _stage_lines)
+
+
+@app.command(
+    epilog="""Examples:\n\n    firefly chat out/demo\n\n    firefly chat out/demo --prompt "对下联：白日依山尽" --temperature 0.7"""
+)
+def chat(
+    model: Annotated[str, typer.Argument(help="A model directory, or the output directory of a run.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this one prompt and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 picks the likeliest token.", min=0)] = 0.35,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.85,
+    repetition_penalty: Annotated[float, typer.Option(min=1)] = 1.2,
+    seed: Annotated[int, typer.Option(min=0)] = 42,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Talk with a model; /reset, /system TEXT and /exit work inside, Ctrl-C stops an answer."""
+    console.quiet(quiet)
+    options = GenerationSection(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    result = api.chat(model, prompt=prompt, system=system, options=options)
+    if as_json:
+        _show(result, True, lambda _: [])
+
+
+@app.command(epilog="""Examples:\n\n    firefly version --json""")
+def version(as_json: Json = False, quiet: Quiet = False) -> None:
+    """Versions of Firefly and of what decides about its results."""
+    console.quiet(quiet)
+    _show(api.version(), as_json, lambda v: [f"{name} {value}" for name, value in dataclasses.asdict(v).items()])
+
+
+def main() -> None:
+    """Run the command line; a `FireflyError` becomes one sentence on stderr and exit status 1."""
+    try:
+        app()
+    except FireflyError as error:
+        _fail(f"error: {error}", 1)
+    except Interrupted as stop:
+        _fail(str(stop), 128 + stop.signal_number)
+    except KeyboardInterrupt:
+        _fail("interrupted; finished stages and checkpoints are kept, run the same command to go on.", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def _fail(message: str, status: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

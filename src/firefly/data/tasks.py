@@ -1,0 +1,194 @@
+"""A task turns a raw record into a question and its answer; each task is one TOML file in the folder `tasks/`.
+
+    {"word": "画蛇添足", "explanation": "比喻……"}  ──Dictionary──▶  "“画蛇添足”是什么意思？" → "比喻……"
+
+A task asks in one or more *directions* (word → explanation, explanation → word), each with several templates
+written by hand. Which template a record gets is decided by a hash of the record, so the same record is asked in
+the same way on every machine and in every run, whatever stands around it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import field, fields
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from firefly.data.example import Example
+from firefly.errors import InputError, choices
+
+TASKS_DIR = Path(__file__).parent / "tasks"
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_STRICT = ConfigDict(extra="forbid")
+Text = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Direction:
+    """One way to ask: the answer, and templates of the question, with `{field}` where a field's text goes."""
+
+    name: Text
+    target: Text
+    templates: Annotated[tuple[Text, ...], Field(min_length=1)]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    values: dict[str, dict[str, str]] = field(default_factory=dict)  # field → raw value → text
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """The fields that a record must have for this direction."""
+        return frozenset(_PLACEHOLDER.findall("".join((self.target, *self.templates))))
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TaskSource:
+    """Where data for a task comes from, for the dataset's card."""
+
+    name: Text
+    licence: Text
+    url: str = ""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Task:
+    """One task: its name in firefly-train-1.1M, how it is judged, and how its records are asked."""
+
+    kind: Text
+    title_zh: Text
+    title_en: Text
+    metric: Literal["couplet", "poem", "accuracy", "chrf", "distinct"]
+    fields: Annotated[tuple[Text, ...], Field(min_length=1)]  # what a raw record may have
+    cap: Annotated[int, Field(ge=1)]  # records of this task when the recipe does not say
+    directions: Annotated[tuple[Direction, ...], Field(min_length=1)]
+    sources: tuple[TaskSource, ...] = ()
+
+    def eligible(self, names: Collection[str]) -> list[Direction]:
+        """The directions that a record with these fields can be asked in."""
+        return [direction for direction in self.directions if direction.needs.issubset(names)]
+
+    def render(self, fields: Mapping[str, str], *, source: str, variant: int = 0, seed: int = 0) -> Example:
+        """Ask a record: choose a direction by weight and a template, both by a hash of the record.
+
+        Variants 0, 1, 2, … of a record get different templates until all are used up.
+        Raises `InputError` when the record lacks the fields of every direction, or has an unknown value.
+        """
+        present = {name: text for name, text in fields.items() if text.strip()}
+        options = [
+            (direction, template, direction.weight / len(direction.templates))
+            for direction in self.eligible(present)
+            for template in direction.templates
+        ]
+        if not options:
+            needed = " or ".join(
+                sorted({" + ".join(sorted(direction.needs)) for direction in self.directions})
+            )
+            there = ", ".join(sorted(present)) or "none"
+            raise InputError(
+                f"{source}: task {self.kind} needs the fields {needed}; the fields there are: {there}."
+            )
+        # One exponential clock an option, ringing at its weight's rate: the order of ringing is a weighted shuffle.
+        key = json.dumps([seed, self.kind, sorted(present.items())])
+        noise = hashlib.shake_256(key.encode("ascii")).digest(8 * len(options))
+        rings = [
+            -math.log((int.from_bytes(noise[8 * index : 8 * index + 8]) + 1) / 2**64) / weight
+            for index, (_, _, weight) in enumerate(options)
+        ]
+        order = sorted(range(len(options)), key=rings.__getitem__)
+        direction, template, _ = options[order[variant % len(order)]]
+        texts = present | {
+            name: _mapped(name, present[name], mapping, source) for name, mapping in direction.values.items()
+        }
+        question, answer = (
+            _PLACEHOLDER.sub(lambda match: texts[match[1]], pattern)
+            for pattern in (template, direction.target)
+        )
+        return Example.of(self.kind, question, answer, source)
+
+
+def _mapped(name: str, value: str, mapping: Mapping[str, str], source: str) -> str:
+    """The text that a task's `values` table gives to a raw value."""
+    if value not in mapping:
+        raise InputError(f"{source}: field '{name}' is {value!r}; allowed: {', '.join(mapping)}.")
+    return mapping[value]
+
+
+@cache
+def load_tasks(folder: Path = TASKS_DIR) -> Mapping[str, Task]:
+    """Every task of a folder, by kind, in the order of the file names; raises `InputError` for a wrong file."""
+    tasks = [_load(path) for path in sorted(folder.glob("*.toml"))]
+    return {task.kind: task for task in tasks}
+
+
+def task(kind: str) -> Task:
+    """The task of that name; raises `InputError` with the choices when there is none."""
+    tasks = load_tasks()
+    if kind not in tasks:
+        raise InputError(f"Unknown task '{kind}': {choices(kind, tasks)}.")
+    return tasks[kind]
+
+
+def _load(path: Path) -> Task:
+    """Read and check one task file; raises `InputError` naming the file and all of its mistakes."""
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+        loaded = TypeAdapter(Task).validate_python(table)
+        mistakes = _mistakes(loaded, path.stem)
+    except ValidationError as error:
+        mistakes = [_sentence(detail) for detail in error.errors()]
+    except ValueError as error:  # bad TOML or bad UTF-8
+        raise InputError(f"{path}: not valid TOML in UTF-8: {error}.") from error
+    if mistakes:
+        raise InputError("\n  ".join([f"{path} has {len(mistakes)} mistake(s):", *mistakes]))
+    return loaded
+
+
+def _mistakes(task: Task, stem: str) -> list[str]:
+    """What a well-formed task file can still have wrong."""
+    found = []
+    if stem != task.kind.lower():
+        found.append(f"kind = '{task.kind}': the file must be named {task.kind.lower()}.toml")
+    templates: set[str] = set()
+    for direction in task.directions:
+        place = f"direction '{direction.name}'"
+        answer = set(_PLACEHOLDER.findall(direction.target))
+        found += [
+            f"{place}: placeholder {{{name}}} is no field: {choices(name, task.fields)}"
+            for name in sorted(direction.needs.difference(task.fields))
+        ]
+        found += [
+            f"{place}: values of '{name}', which neither target nor templates use"
+            for name in sorted(set(direction.values) - direction.needs)
+        ]
+        if not answer:
+            found.append(f"{place}: the target '{direction.target}' names no field")
+        for template in direction.templates:
+            leaked = sorted(answer.intersection(_PLACEHOLDER.findall(template)))
+            if leaked:
+                found.append(f"{place}: the template '{template}' gives away its target {{{leaked[0]}}}")
+            if template in templates:
+                found.append(f"{place}: the template '{template}' is there twice")
+            templates.add(template)
+        found += [
+            f"{place}: '{pattern}' has a brace that is no {{field}}"
+            for pattern in (direction.target, *direction.templates)
+            if re.search(r"[{}]", _PLACEHOLDER.sub("", pattern))
+        ]
+    return found
+
+
+def _sentence(detail: Any) -> str:
+    """One schema error: where it is, and what is wrong."""
+    location = detail["loc"]
+    name = ".".join(str(part) for part in location)
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        owner = {"directions": Direction, "sources": TaskSource}.get(location[0], Task)
+        return f"{name}: unknown key; {choices(str(location[-1]), [item.name for item in fields(owner)])}"
+    return f"{name}: {detail['msg']}"

@@ -1,0 +1,143 @@
+"""BLOOM over packed documents, with transformers' weight names: the same model, minus padding and leaks.
+
+transformers runs BLOOM with eager attention only and ignores position ids, so documents packed there attend to
+each other. Here ALiBi and attention stay within each document. Weights load from, and save to, plain BLOOM.
+
+Legend: T packed tokens, C hidden size, H heads, D head size, V vocabulary.
+Source: BigScience Workshop 2022, "BLOOM", section 3.2; layer order and names as in transformers' modeling_bloom.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from firefly.errors import ModelError
+from firefly.model.packed import PackedInput, packed_attention
+
+
+@dataclass(frozen=True)
+class BloomShape:
+    """What of config.json shapes the computation."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    layer_norm_epsilon: float
+    residual_after_layernorm: bool
+    tied: bool
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> BloomShape:
+        """Read a BLOOM config.json; raises `ModelError` for dropout, which no published BLOOM uses."""
+        for name in ("hidden_dropout", "attention_dropout"):
+            if config.get(name, 0.0):
+                raise ModelError(f"This BLOOM's config.json sets {name} = {config[name]}; set it to 0 to train it here.")
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config.get("hidden_size", config.get("n_embed")),
+            num_layers=config.get("n_layer", config.get("num_hidden_layers")),
+            num_heads=config.get("n_head", config.get("num_attention_heads")),
+            layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
+            residual_after_layernorm=config.get("apply_residual_connection_post_layernorm", False),
+            tied=config.get("tie_word_embeddings", True),
+        )
+
+
+class Bloom(nn.Module):
+    """BLOOM for packed input. Its state dict has transformers' names; a tied head has no entry of its own."""
+
+    slopes: Tensor
+
+    def __init__(self, shape: BloomShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.gradient_checkpointing = False
+        self.transformer = _Transformer(shape)
+        self.register_buffer("slopes", alibi_slopes(shape.num_heads), persistent=False)
+        if not shape.tied:
+            self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix, V C."""
+        return self.transformer.word_embeddings.weight if self.shape.tied else self.lm_head.weight
+
+    def hidden(self, batch: PackedInput) -> Tensor:
+        """Final hidden states, T C."""
+        stem = self.transformer
+        states = stem.word_embeddings_layernorm(stem.word_embeddings(batch.input_ids))  # T C
+        for layer in stem.h:
+            if self.gradient_checkpointing and self.training:
+                states = checkpoint(layer, states, batch.borders, self.slopes, use_reentrant=False)
+            else:
+                states = layer(states, batch.borders, self.slopes)
+        return stem.ln_f(states)  # type: ignore[no-any-return]
+
+
+class _Transformer(nn.Module):
+    def __init__(self, shape: BloomShape) -> None:
+        super().__init__()
+        width, epsilon = shape.hidden_size, shape.layer_norm_epsilon
+        self.word_embeddings = nn.Embedding(shape.vocab_size, width)
+        self.word_embeddings_layernorm = nn.LayerNorm(width, epsilon)
+        self.h = nn.ModuleList(_Layer(shape) for _ in range(shape.num_layers))
+        self.ln_f = nn.LayerNorm(width, epsilon)
+
+
+class _Layer(nn.Module):
+    def __init__(self, shape: BloomShape) -> None:
+        super().__init__()
+        width, epsilon = shape.hidden_size, shape.layer_norm_epsilon
+        self.residual_after_layernorm = shape.residual_after_layernorm
+        self.input_layernorm = nn.LayerNorm(width, epsilon)
+        self.self_attention = _Attention(width, shape.num_heads)
+        self.post_attention_layernorm = nn.LayerNorm(width, epsilon)
+        self.mlp = _Mlp(width)
+
+    def forward(self, states: Tensor, borders: list[int], slopes: Tensor) -> Tensor:
+        normed = self.input_layernorm(states)
+        residual = normed if self.residual_after_layernorm else states
+        states = residual + self.self_attention(normed, borders, slopes)
+        normed = self.post_attention_layernorm(states)
+        residual = normed if self.residual_after_layernorm else states
+        return residual + self.mlp(normed)  # type: ignore[no-any-return]
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, states: Tensor, borders: list[int], slopes: Tensor) -> Tensor:
+        fused = self.query_key_value(states)  # T 3C, interleaved by head
+        query, key, value = fused.view(len(states), self.num_heads, 3, -1).unbind(2)  # T H D
+        attended = packed_attention(query, key, value, borders, slopes)
+        return self.dense(attended.reshape(len(states), -1))  # type: ignore[no-any-return]
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(width, 4 * width)
+        self.dense_4h_to_h = nn.Linear(4 * width, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(states), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """One slope a head [H]: 2^(−8/n) geometric, with odd steps of 2n for heads beyond a power of two n."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    first = [2.0 ** (-8.0 * step / power) for step in range(1, power + 1)]
+    rest = [2.0 ** (-4.0 * step / power) for step in range(1, 2 * (num_heads - power) + 1, 2)]
+    return torch.tensor(first + rest)

@@ -1,0 +1,76 @@
+"""Which model families Firefly trains: one row a `model_type` of config.json.
+
+A row says how packed hidden states are made. A family belongs here once parity and leak tests hold for it;
+any other is refused with a sentence, never half-supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from firefly.errors import ModelError, choices
+from firefly.model.bloom import Bloom, BloomShape
+from firefly.model.packed import PackedInput, register_with_transformers
+
+
+class HubModel(nn.Module):
+    """A transformers causal model run over packed input through packed attention."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        settings = dict(config)
+        made = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        made.use_cache = False
+        self.inner = AutoModelForCausalLM.from_config(made, attn_implementation=register_with_transformers())
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix, V C."""
+        return self.inner.get_output_embeddings().weight  # type: ignore[no-any-return]
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether layers are recomputed in the backward pass."""
+        return bool(self.inner.is_gradient_checkpointing)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        if on:
+            self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def hidden(self, batch: PackedInput) -> Tensor:
+        """Final hidden states, T C."""
+        out = self.inner.base_model(
+            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], borders=batch.borders
+        )
+        return out.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+CausalModel = Bloom | HubModel
+"""What training and scoring run: `.hidden(PackedInput) -> T C`, `.head` V C."""
+
+FAMILIES: dict[str, Callable[[dict[str, Any]], CausalModel]] = {
+    "bloom": lambda config: Bloom(BloomShape.from_config(config)),
+    "llama": HubModel,
+    "mistral": HubModel,
+    "qwen2": HubModel,
+    "qwen3": HubModel,
+}
+
+
+def build(config: dict[str, Any]) -> CausalModel:
+    """The empty model of a config.json; raises `ModelError` for a family that is not in the table."""
+    kind = str(config.get("model_type"))
+    if kind not in FAMILIES:
+        raise ModelError(f"The model family '{kind}' is not supported for training; {choices(kind, FAMILIES)}.")
+    return FAMILIES[kind](config)
+
+
+def transformers_model(model: CausalModel) -> nn.Module:
+    """The module whose state dict has transformers' names."""
+    return model.inner if isinstance(model, HubModel) else model

@@ -1,0 +1,211 @@
+"""Reading and writing model directories: plain Hugging Face layout in, plain Hugging Face layout out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from firefly.errors import ModelError
+from firefly.files import directory_atomic, locate, require_disk, write_json
+from firefly.model.families import CausalModel, build, transformers_model
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+"""Files that travel unchanged from a model directory to the next."""
+
+_SHARD_BYTES = 5 << 30
+
+
+def resolve(name: str) -> Path:
+    """The local directory of a base model: a path, `demo:…`, or a hub name (downloaded, safetensors only)."""
+    path = locate(name)
+    if path.is_dir():
+        return path
+    if name.startswith("demo:") or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"The model directory {name} does not exist; give a directory, or a hub name like owner/model.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name} is neither a directory here nor could it be fetched from the hub ({type(error).__name__}); "
+            "check the spelling and the network, or download it and give its directory."
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory; raises `ModelError` when it is missing or not JSON."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{directory} has no config.json, so it is not a model directory; check the path.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} does not hold a JSON object; fetch it again.")
+    return config
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory; never one outside it.
+
+    Raises `ModelError` when there are none, and says how to convert a .bin checkpoint.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(f"{index} names the file {name!r}, which is not in its own folder; refusing to read it.")
+            if not (directory / name).is_file():
+                raise ModelError(f"{index} names {name}, which is not there; fetch the model again.")
+        return [directory / name for name in names]
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if any(directory.glob("*.bin")):
+        raise ModelError(
+            f"{directory} holds .bin weights only; convert them once with "
+            "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)`, which writes safetensors."
+        )
+    raise ModelError(f"{directory} has no weights (model.safetensors); check the path, or fetch the model again.")
+
+
+def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CausalModel:
+    """Load a model directory for packed training or scoring.
+
+    Raises `ModelError` for a missing or damaged file, an unsupported family, or weights that do not fit.
+    """
+    config = read_config(directory)
+    files = weight_files(directory)
+    with torch.device("meta"):
+        model = build(config)
+    return fill(model, files, config, torch.device(device), dtype)
+
+
+def fill(
+    model: CausalModel, files: list[Path], config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> CausalModel:
+    """Give a meta-device model its weights from safetensors files, and its buffers their values."""
+    inner = transformers_model(model)
+    expected = set(inner.state_dict())
+    found: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as weights:
+                for raw in weights.keys():  # noqa: SIM118 - safe_open is not a dict
+                    name = _full_name(raw, expected)
+                    if name is not None:
+                        found[name] = weights.get_tensor(raw).to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged ({error}); fetch the model again.") from error
+    if config.get("tie_word_embeddings", True) and "lm_head.weight" in expected:
+        found.setdefault("lm_head.weight", found.get("model.embed_tokens.weight", torch.empty(0)))
+    if missing := sorted(expected - set(found)):
+        raise ModelError(f"{files[0].parent} lacks the tensor {missing[0]} ({len(missing)} in all); fetch it again.")
+    for name, parameter in inner.state_dict().items():
+        if found[name].shape != parameter.shape:
+            raise ModelError(
+                f"{files[0].parent}: {name} has the shape {tuple(found[name].shape)}, config.json asks for "
+                f"{tuple(parameter.shape)}; config.json and weights are not of one model."
+            )
+    inner.load_state_dict(found, assign=True)
+    if hasattr(inner, "tie_weights"):
+        inner.tie_weights()
+    _restore_buffers(model, config, device)
+    for parameter in inner.parameters():
+        parameter.requires_grad_(True)
+    return model
+
+
+def _full_name(name: str, expected: set[str]) -> str | None:
+    """The model's name of a checkpoint tensor; hub files often leave the base model's prefix out."""
+    for prefix in ("", "transformer.", "model."):
+        if prefix + name in expected:
+            return prefix + name
+    return None
+
+
+def _restore_buffers(model: CausalModel, config: dict[str, Any], device: torch.device) -> None:
+    """Buffers that are no weights (slopes, rotary frequencies) were made on the meta device: make them again."""
+    if not any(buffer.is_meta for buffer in model.buffers()):
+        return
+    small = dict(config) | {"vocab_size": 1, "pad_token_id": None, "n_layer": 1, "num_hidden_layers": 1}
+    small.pop("layer_types", None)
+    fresh = dict(build(small).named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            owner_name, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner_name), leaf, fresh[name].to(device))
+
+
+def num_parameters(model: CausalModel) -> int:
+    """Parameters of a model, a tied matrix counted once."""
+    return sum({id(p): p.numel() for p in model.parameters()}.values())
+
+
+def state_to_save(model: CausalModel) -> dict[str, Tensor]:
+    """Tensors by transformers' names; a tied head is left out."""
+    seen: set[int] = set()
+    state = {}
+    for name, parameter in transformers_model(model).named_parameters():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            state[name] = parameter.detach()
+    return state
+
+
+def save_model(model: CausalModel, base: Path, out: Path, chat_template: str, dtype: torch.dtype) -> None:
+    """Write a model directory that plain transformers opens, atomically.
+
+    config.json and tokenizer come from `base`; the chat template is the one the model was trained with.
+    """
+    state = state_to_save(model)
+    require_disk(out, sum(tensor.numel() for tensor in state.values()) * dtype.itemsize * 21 // 20)
+    with directory_atomic(out) as place:
+        shards: list[dict[str, Tensor]] = [{}]
+        size = 0
+        for name, tensor in state.items():
+            num_bytes = tensor.numel() * dtype.itemsize
+            if size and size + num_bytes > _SHARD_BYTES:
+                shards.append({})
+                size = 0
+            shards[-1][name] = tensor
+            size += num_bytes
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+            weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+            total = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize
+            write_json(place / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for file, shard in zip(names, shards, strict=True):
+            ready = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in shard.items()}
+            save_file(ready, place / file, metadata={"format": "pt"})
+        config = read_config(base)
+        config.pop("dtype", None)
+        write_json(place / "config.json", config | {"torch_dtype": str(dtype).removeprefix("torch.")})
+        for name in COMPANIONS:
+            if (base / name).is_file():
+                shutil.copyfile(base / name, place / name)
+        (place / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype of a model directory's first weight."""
+    with safe_open(weight_files(directory)[0], framework="pt") as weights:
+        first = next(iter(weights.keys()))
+        return weights.get_tensor(first).dtype  # type: ignore[no-any-return]

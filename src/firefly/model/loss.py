@@ -1,0 +1,82 @@
+"""Cross-entropy straight from hidden states: only at learned positions, and never all logits at once.
+
+Legend: M learned positions, C hidden size, V vocabulary.
+
+The logits of one chunk live only while the chunk's loss and gradients are made, so memory is
+chunk · V and not M · V. Softmax and sums are float32 whatever the inputs are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Memory for one chunk's float32 logits: on the CPU about what its cache holds (measured fastest there)."""
+
+
+def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of softmax(hidden · headᵀ) against `targets`.
+
+    Args:
+        hidden: M C, float32 or bf16; matrix products run in its dtype.
+        head: V C.
+        targets: M, token ids.
+
+    Returns:
+        The sum over all positions (float32 scalar, differentiable in hidden and head), and the loss of each
+        position (M, float32, detached), in nats.
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
+        total, each = _LinearCrossEntropy.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+        return total, each.detach()
+    weight = head.to(hidden.dtype)
+    each = torch.cat([_chunk_losses(rows @ weight.T, ids)[0] for rows, ids in _chunks(hidden, targets, len(head))])
+    return each.sum(), each
+
+
+def _chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
+    rows = max(1, CHUNK_BYTES[hidden.device.type] // (4 * vocab_size))
+    return list(zip(hidden.split(rows), targets.split(rows), strict=True))
+
+
+def _chunk_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (m) and probabilities (m V), float32; works in place where the logits are float32 already."""
+    scores = logits.float()  # m V
+    highest = scores.amax(1, keepdim=True)
+    wanted = scores.gather(1, targets[:, None])
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(1, keepdim=True)
+    return (total.log() + highest - wanted)[:, 0], weights.div_(total)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradients in the forward pass, while the chunk's logits are there; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        weight = head.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        losses, done = [], 0
+        for rows, ids in _chunks(hidden, targets, len(head)):
+            each, gradient = _chunk_losses(rows @ weight.T, ids)
+            losses.append(each)
+            gradient[torch.arange(len(ids), device=ids.device), ids] -= 1.0
+            gradient = gradient.to(hidden.dtype)  # m V
+            torch.mm(gradient, weight, out=grad_hidden[done : done + len(ids)])
+            grad_head += gradient.T @ rows
+            done += len(ids)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.head_dtype = head.dtype
+        each = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+        ctx.mark_non_differentiable(each)
+        return each.sum(), each
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        scale = gradients[0]
+        return grad_hidden * scale.to(grad_hidden.dtype), (grad_head * scale).to(ctx.head_dtype), None

@@ -1,0 +1,79 @@
+"""Scoring: the loss of every learned token, without gradients, and what it comes to for each kind of sample."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from firefly.model.families import CausalModel
+from firefly.model.loss import linear_cross_entropy
+from firefly.model.packed import PackedInput, SupportsPacking
+
+
+class SupportsScoring(SupportsPacking, Protocol):
+    """A packed batch that knows its samples, as `firefly.data.loader.Batch` does."""
+
+    @property
+    def target_samples(self) -> Any: ...
+    @property
+    def sample_ids(self) -> list[int]: ...
+
+
+def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[object]:
+    """bf16 matrix products over float32 weights when asked, else nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def batch_loss(model: CausalModel, batch: PackedInput, bf16: bool = False) -> tuple[Tensor, Tensor]:
+    """Loss of one packed batch over its learned tokens: the sum (differentiable) and each one (M), in nats."""
+    device = batch.input_ids.device
+    with autocast(device, bf16):
+        hidden = model.hidden(batch)[batch.target_positions]  # M C
+    if bf16:
+        hidden = hidden.to(torch.bfloat16)
+    return linear_cross_entropy(hidden, model.head, batch.target_ids)
+
+
+@torch.no_grad()
+def token_losses(model: CausalModel, batch: PackedInput, bf16: bool = False) -> Tensor:
+    """The loss of each learned token, M float32, in nats."""
+    model.eval()
+    return batch_loss(model, batch, bf16)[1]
+
+
+def loss_by_kind(
+    model: CausalModel,
+    batches: Iterable[SupportsScoring],
+    kinds: Sequence[str],
+    target_bytes: Sequence[int],
+    device: torch.device,
+    bf16: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Loss by kind and in `all`: `loss` in nats a token, and `bits_per_byte` of the learned text.
+
+    `kinds` and `target_bytes` (UTF-8) are indexed by the batches' `sample_ids`. Bits per byte do not depend on
+    the vocabulary, so they compare models with different tokenizers.
+    """
+    sums: dict[str, list[float]] = {}  # kind → nats, tokens, bytes
+    was_training = model.training
+    for batch in batches:
+        num_samples = len(batch.sample_ids)
+        losses = token_losses(model, PackedInput.of(batch, device), bf16).double().cpu()
+        samples = torch.from_numpy(batch.target_samples)
+        nats = torch.bincount(samples, losses, num_samples).tolist()
+        counts = torch.bincount(samples, minlength=num_samples).tolist()
+        for number, *amounts in zip(batch.sample_ids, nats, counts, strict=True):
+            for name in (kinds[number], "all"):
+                entry = sums.setdefault(name, [0.0, 0.0, 0.0])
+                for column, amount in enumerate([*amounts, target_bytes[number]]):
+                    entry[column] += amount
+    model.train(was_training)
+    return {
+        name: {"loss": nats / max(count, 1), "bits_per_byte": nats / math.log(2) / max(size, 1)}
+        for name, (nats, count, size) in sorted(sums.items())
+    }

@@ -1,0 +1,293 @@
+"""The training loop. There is one; objective, method and parallelism are its parameters.
+
+    for step: micro-batches → loss sum / number of learned tokens in the whole step → backward
+              → all finite? → clip → AdamW → log → (validate) → (save)
+
+The divisor is counted before the first micro-batch runs, so the loss does not depend on batch shape or
+accumulation. A loss or gradient that is not finite stops the run *before* the update, naming the samples.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from firefly.console import progress, say, warn
+from firefly.data.chatformat import TEMPLATE
+from firefly.data.loader import Batch, TrainingStream, in_order
+from firefly.data.tokenizer import ModelTokenizer
+from firefly.data.tokens import Tokens
+from firefly.errors import CheckpointError, Interrupted, ModelError, TrainingError
+from firefly.files import sha256_file, sha256_json, write_atomic, write_json
+from firefly.model.families import CausalModel
+from firefly.model.load import load_model, num_parameters, save_model, stored_dtype, weight_files
+from firefly.model.packed import PackedInput
+from firefly.model.score import batch_loss, loss_by_kind
+from firefly.recipe import Recipe, TrainSection
+from firefly.train.checkpoint import TrainState, find_checkpoints, load_checkpoint, save_checkpoint
+from firefly.train.curves import Metrics
+from firefly.train.objectives import LEARNS_EVERY_TOKEN
+from firefly.train.optim import learning_rate_at, make_optimizer
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run is: steps, throughput (non-padding tokens; there is no padding), losses in nats."""
+
+    run: str
+    model: str
+    steps: int
+    parameters: int
+    trained_tokens: int
+    tokens_per_s: float
+    train_loss: float
+    validation: dict[str, dict[str, float]]
+
+
+def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Path) -> TrainResult:
+    """Train `model_dir` on a tokens directory; checkpoints go to `run`, the finished model to `out`.
+
+    Goes on from the newest checkpoint in `run`. Raises `CheckpointError` when that is damaged or belongs to
+    another run, `TrainingError` when the loss is not finite, `Interrupted` after saving on SIGTERM or SIGINT.
+    """
+    section = recipe.train
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
+    torch.manual_seed(section.seed)
+
+    tokenizer = ModelTokenizer.load(model_dir)
+    data = Tokens.open(tokens_dir, "train", tokenizer.sha256)
+    held_out = Tokens.open(tokens_dir, "validation", tokenizer.sha256)
+    stream = TrainingStream(
+        data, section.per_device_train_batch_size, section.seed, LEARNS_EVERY_TOKEN[section.objective]
+    )
+    total_steps = _total_steps(section, len(data))
+
+    model = load_model(model_dir, device)
+    if len(model.head) < tokenizer.vocab_size:
+        raise ModelError(
+            f"{model_dir} has {len(model.head)} embedding rows and its tokenizer {tokenizer.vocab_size} tokens; "
+            "they are not of one model."
+        )
+    model.gradient_checkpointing = section.gradient_checkpointing
+    names = _unique_parameters(model)
+    optimizer = make_optimizer(names.values(), section)
+
+    fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps)
+    state = TrainState(fingerprint=fingerprint, num_threads=torch.get_num_threads())
+    checkpoints = find_checkpoints(run) if section.resume_from_checkpoint == "auto" else []
+    if checkpoints:
+        state = load_checkpoint(checkpoints[-1], names, optimizer, fingerprint)
+        say(f"resuming from {checkpoints[-1].name}")
+        if state.num_threads != torch.get_num_threads() and device.type == "cpu":
+            warn(f"{state.num_threads} threads before, {torch.get_num_threads()} now: losses may differ in the last bits")
+    elif find_checkpoints(run):
+        raise CheckpointError(
+            f"{run} already holds checkpoints and train.resume_from_checkpoint is 'never'; "
+            "choose another output_dir, or set it to 'auto' to go on."
+        )
+    else:
+        write_atomic(run / "recipe.toml", recipe.to_toml())
+        write_json(run / "environment.json", _environment(device))
+    metrics = Metrics(run, state.step, section.report_to)
+
+    started_s, tokens_before = time.monotonic() - state.elapsed_s, state.trained_tokens
+    resumed_s = time.monotonic()
+    with _stop_signals() as stop, progress("train", total_steps, "steps", state.step) as bar:
+        while state.step < total_steps:
+            rate = learning_rate_at(state.step, total_steps, section)
+            batches = _micro_batches(stream, state.step, section.gradient_accumulation_steps)
+            loss_sum, norm = _backward(model, optimizer, batches, device, bf16, section.max_grad_norm, data)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            state.trained_tokens += sum(len(batch.input_ids) for batch in batches)
+            state.elapsed_s = time.monotonic() - started_s
+
+            _count(state.window, loss_sum, norm, batches)
+            if state.step % section.logging_steps == 0 or state.step == total_steps:
+                row = _close_window(state, rate)
+                speed = (state.trained_tokens - tokens_before) / (time.monotonic() - resumed_s)
+                metrics.write(row | {"tokens_per_s": round(speed, 1)})
+                note = f"loss {row['loss']:.3f} · {speed:,.0f} tokens/s"
+            else:
+                note = ""
+            bar.advance(1, note)
+            last = state.step == total_steps
+            if last or (section.eval_steps and state.step % section.eval_steps == 0):
+                metrics.write({"step": state.step, "validation": validate(model, held_out, device, bf16)})
+            if last or stop.asked or state.step % section.save_steps == 0:
+                saved = save_checkpoint(run, names, optimizer, state, section.save_total_limit)
+                if stop.asked and not last:
+                    raise Interrupted(f"stopped; {saved} is saved, run the same command to go on.", stop.asked)
+
+    metrics.close()
+    export_dtype = stored_dtype(model_dir)
+    save_model(model, model_dir, out, TEMPLATE, export_dtype)
+    rows = metrics.rows()
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return TrainResult(
+        run=str(run),
+        model=str(out),
+        steps=state.step,
+        parameters=num_parameters(model),
+        trained_tokens=state.trained_tokens,
+        tokens_per_s=round(state.trained_tokens / max(state.elapsed_s, 1e-9), 1),
+        train_loss=losses[-1],
+        validation=next((row["validation"] for row in reversed(rows) if "validation" in row), {}),
+    )
+
+
+def validate(model: CausalModel, tokens: Tokens, device: torch.device, bf16: bool = False) -> dict[str, dict[str, float]]:
+    """Held-out loss per task and in `all`: `loss` in nats a token, and `bits_per_byte` of the learned text.
+
+    Bits per byte do not depend on the vocabulary, so they compare models with different tokenizers.
+    """
+    kinds = [tokens.kind_names[kind] for kind in tokens.kinds]
+    return loss_by_kind(model, in_order(tokens), kinds, tokens.target_bytes.tolist(), device, bf16)
+
+
+def _backward(
+    model: CausalModel,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    device: torch.device,
+    bf16: bool,
+    max_norm: float,
+    data: Tokens,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of one step, clipped; returns the loss sum and the gradient norm before clipping."""
+    model.train()
+    num_targets = sum(len(batch.target_ids) for batch in batches)
+    if num_targets == 0:
+        raise TrainingError(f"{_samples(batches, data)}: no token to learn in this batch; check the dataset.")
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        loss, _ = batch_loss(model, PackedInput.of(batch, device), bf16)
+        (loss / num_targets).backward()
+        total += loss.detach()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if not bool(torch.isfinite(total + norm)):
+        raise TrainingError(
+            f"The loss is {float(total) / num_targets} and the gradient norm {float(norm)}; stopped before the update. "
+            f"{_samples(batches, data)}. Look at these samples, lower train.learning_rate, or use precision = 'float32'; "
+            "then run again to go on from the last checkpoint."
+        )
+    return total, norm
+
+
+def _samples(batches: list[Batch], data: Tokens) -> str:
+    numbers = [number for batch in batches for number in batch.sample_ids]
+    lines = [int(data.origins[number]) + 1 for number in numbers]
+    return f"The samples are lines {', '.join(map(str, lines))} of the dataset's train.jsonl"
+
+
+def _micro_batches(stream: TrainingStream, step: int, accumulation: int) -> list[Batch]:
+    return [stream.batch(step * accumulation + index) for index in range(accumulation)]
+
+
+def _total_steps(section: TrainSection, num_samples: int) -> int:
+    if section.max_steps is not None:
+        return section.max_steps
+    per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
+    return max(1, math.ceil(num_samples * section.num_train_epochs / per_step))
+
+
+def _unique_parameters(model: CausalModel) -> dict[str, torch.nn.Parameter]:
+    """Parameters by name, a tied one once."""
+    return dict(model.named_parameters())
+
+
+def _fingerprint(section: TrainSection, model_dir: Path, tokens_dir: Path, total_steps: int) -> str:
+    """What a checkpoint belongs to: options that change the losses, base weights, and data."""
+    harmless = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to"}
+    options = section.model_dump(exclude=harmless | {"max_steps", "num_train_epochs"})
+    weights = [sha256_file(path) for path in weight_files(model_dir)]
+    return sha256_json([options, total_steps, weights, sha256_file(tokens_dir / "index.json")])
+
+
+def _count(window: dict[str, Any], loss_sum: Tensor, norm: Tensor, batches: list[Batch]) -> None:
+    window["loss_sum"] = window.get("loss_sum", 0.0) + float(loss_sum)
+    window["num_targets"] = window.get("num_targets", 0) + sum(len(batch.target_ids) for batch in batches)
+    window["num_tokens"] = window.get("num_tokens", 0) + sum(len(batch.input_ids) for batch in batches)
+    window["grad_norm"] = float(norm)
+
+
+def _close_window(state: TrainState, rate: float) -> dict[str, Any]:
+    """One metrics row for the steps since the last one."""
+    window, state.window = state.window, {}
+    return {
+        "step": state.step,
+        "loss": window["loss_sum"] / window["num_targets"],
+        "grad_norm": window["grad_norm"],
+        "learning_rate": rate,
+        "target_tokens": window["num_targets"],
+        "tokens": window["num_tokens"],
+    }
+
+
+class _Stop:
+    """Set to a signal's number once that signal has come."""
+
+    asked = 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """While the block runs, SIGTERM and the first SIGINT ask for a stop after the current step."""
+    stop = _Stop()
+
+    def ask(number: int, _frame: Any) -> None:
+        if stop.asked == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        stop.asked = number
+        say(f"{signal.Signals(number).name}: saving after this step")
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread, where Python allows no handlers
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    """What a later reader needs to compare runs."""
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "num_threads": torch.get_num_threads(),
+        "num_cores": os.cpu_count(),
+    }
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
