@@ -13,12 +13,22 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from firefly.errors import ModelError
 from firefly.text import StreamDecoder, token_bytes
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "tokenizers"
 REAL = ["qwen3", "llama2", "gemma3"]  # byte-level; byte fallback with and without a space in front
 REPLACEMENT = "\ufffd"
-SENTENCES = ["你好，流萤！", "👩‍👩‍👧 和 👍🏽", "𠮷野家\n\t两  三", " hello  world", "", " ", "▁<0xE4>", "é́ Ġ ½"]
+SENTENCES = [
+    "你好，流萤！",
+    "👩‍👩‍👧 和 👍🏽",
+    "𠮷野家\n\t两  三",
+    " hello  world",
+    "",
+    " ",
+    "▁<0xE4>",
+    "é́ Ġ ½",
+]
 any_text = st.text(st.characters(codec="utf-8", exclude_characters=REPLACEMENT), max_size=40)
-some_text = st.lists(st.sampled_from([*SENTENCES, "萤", "的", "😀", "a", "\u200d"]) | any_text, max_size=6).map("".join)
+some_text = st.lists(
+    st.sampled_from([*SENTENCES, "萤", "的", "😀", "a", "\u200d"]) | any_text, max_size=6
+).map("".join)
 
 
 @cache
@@ -35,14 +45,6 @@ def tiny() -> Tokenizer:
     )
     tokenizer.train_from_iterator(["流萤是一种会发光的昆虫。你好，世界！hello world 😀😃😄"] * 3, trainer)
     return tokenizer
-
-
-@cache
-def real(name: str) -> Tokenizer:
-    path = SHARED / name / "tokenizer.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is not on this machine")
-    return Tokenizer.from_file(str(path))
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
@@ -66,8 +68,8 @@ def test_pieces_join_to_the_whole_and_no_character_is_torn(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_tokenizers(name: str) -> None:
-    tokenizer = real(name)
+def test_real_tokenizers(shared: Path, name: str) -> None:
+    tokenizer = Tokenizer.from_file(str(shared / "tokenizers" / name / "tokenizer.json"))
     for text in SENTENCES:
         assert_streams(tokenizer, text)
 

@@ -17,20 +17,20 @@ _CHINESE = """
 春眠不觉晓 处处闻啼鸟 夜来风雨声 花落知多少 床前明月光 疑是地上霜 举头望明月 低头思故乡 白日依山尽 黄河入海流
 学而时习之 不亦说乎 有朋自远方来 不亦乐乎 天行健 君子以自强不息 流萤 自然语言处理 模型训练 词表裁剪 今天天气很好
 画蛇添足 守株待兔 亡羊补牢 掩耳盗铃 对牛弹琴
-""".split()
+"""
 _ENGLISH = """
 the firefly glows in a summer night while children learn to read short stories about mountains rivers
 and models training tokenization vocabulary pruning exact nothing international
-""".split()
+"""
 
 
 def make_texts(count: int = 400, seed: int = 0) -> list[str]:
     """Documents of random Chinese and English phrases."""
     rng = random.Random(seed)
     return [
-        "，".join(rng.choices(_CHINESE, k=rng.randint(1, 4)))
+        "，".join(rng.choices(_CHINESE.split(), k=rng.randint(1, 4)))
         + "。"
-        + " ".join(rng.choices(_ENGLISH, k=rng.randint(0, 8)))
+        + " ".join(rng.choices(_ENGLISH.split(), k=rng.randint(0, 8)))
         for _ in range(count)
     ]
 

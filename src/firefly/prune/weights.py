@@ -51,8 +51,6 @@ class VocabularyLayout:
     """Which tensors of an architecture have one row a token."""
 
     names: frozenset[str]  # in the checkpoint's spelling
-    rows: int  # rows before pruning; may exceed the tokenizer's length
-    tied: bool  # input and output embeddings are one matrix
     params_before: int  # tied matrices counted once
     params_after: int
 
@@ -145,7 +143,6 @@ def vocabulary_layout(base: Path, pruned: Path, files: list[Path]) -> Vocabulary
             "do; pruning this architecture is not supported."
         )
     rows = int(inputs.weight.shape[0])
-    tied = outputs.weight is inputs.weight
 
     names: set[str] = set()
     seen: set[str] = set()
@@ -169,7 +166,7 @@ def vocabulary_layout(base: Path, pruned: Path, files: list[Path]) -> Vocabulary
     if lacking := sorted(name for name in expected if all(state[name] is not state[one] for one in seen)):
         raise ModelError(f"{base} has no weights for {lacking[0]}; fetch the model again.")
     params_before, params_after = (sum(p.numel() for p in model.parameters()) for model in (before, after))
-    return VocabularyLayout(frozenset(names), rows, tied, params_before, params_after)
+    return VocabularyLayout(frozenset(names), params_before, params_after)
 
 
 def meta_model(directory: Path) -> Any:

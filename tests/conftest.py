@@ -1,0 +1,44 @@
+"""Fixtures for every test: silence, two threads, and tiny model directories made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    from firefly.console import quiet
+
+    quiet()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny("bloom")`: a model directory with random weights; tests must not change it."""
+    from tiny import save_model_dir
+
+    made: dict[str, Path] = {}
+
+    def model(family: str) -> Path:
+        if family not in made:
+            made[family] = save_model_dir(tmp_path_factory.mktemp(family) / "model", family)
+        return made[family]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of development data beside the checkout; tests that need it are skipped without it."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no development data at {folder}")
+    return folder

@@ -1,0 +1,118 @@
+"""The packed models compute what transformers computes, and packed samples never see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoModelForCausalLM
+
+from firefly.data.loader import Batch, pack
+from firefly.model.families import CausalModel
+from firefly.model.load import load_model, save_model, transformers_model
+from firefly.model.packed import PackedInput
+from firefly.model.score import batch_loss, token_losses
+
+FAMILIES = ["bloom", "qwen3", "llama"]
+CPU = torch.device("cpu")
+
+
+def sample(length: int, seed: int, learned: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Random ids [length]; the last `learned` of them carry the loss (all when None)."""
+    rng = np.random.default_rng(seed)
+    mask = np.ones(length, bool) if learned is None else np.arange(length) >= length - learned
+    return rng.integers(4, 500, length), mask
+
+
+def packed(batch: Batch) -> PackedInput:
+    return PackedInput.of(batch, CPU)
+
+
+def losses(model: CausalModel, *samples: tuple[np.ndarray, np.ndarray]) -> torch.Tensor:
+    return token_losses(model, packed(pack(samples)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(tiny: Callable[[str], Path], family: str) -> None:
+    ids, mask = sample(37, seed=1)
+    model, reference = load_model(tiny(family)), AutoModelForCausalLM.from_pretrained(tiny(family))
+    with torch.no_grad():
+        logits = model.hidden(packed(pack([(ids, mask)]))) @ model.head.T
+        expected = reference(torch.from_numpy(ids)[None]).logits[0]
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients_equal_transformers(tiny: Callable[[str], Path], family: str, checkpointing: bool) -> None:
+    ids, mask = sample(29, seed=2, learned=11)
+    model, reference = load_model(tiny(family)), AutoModelForCausalLM.from_pretrained(tiny(family))
+    model.gradient_checkpointing = checkpointing
+    model.train()
+    loss, _ = batch_loss(model, packed(pack([(ids, mask)])))
+    loss.backward()
+    logits = reference(torch.from_numpy(ids)[None]).logits[0]
+    targets = torch.from_numpy(np.where(mask, ids, -100))[1:]
+    expected = F.cross_entropy(logits[:-1], targets, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+    gradients = {name: p.grad for name, p in transformers_model(model).named_parameters()}
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_alone(tiny: Callable[[str], Path], family: str) -> None:
+    model = load_model(tiny(family))
+    samples = [sample(length, seed=length, learned=max(1, length // 2)) for length in (5, 1, 31, 2, 17, 40)]
+    together = losses(model, *samples)
+    alone = torch.cat([losses(model, one) for one in samples])
+    assert len(together) == sum(mask[1:].sum() for _, mask in samples)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_neighbour_changes_nothing(tiny: Callable[[str], Path], family: str) -> None:
+    """The strongest leak test: swap the first document for another and look at the second."""
+    model = load_model(tiny(family))
+    second = sample(19, seed=7)
+    before = losses(model, sample(12, seed=8), second)[-18:]
+    after = losses(model, sample(12, seed=9), second)[-18:]
+    assert torch.equal(before, after)
+
+
+def test_plain_transformers_does_leak(tiny: Callable[[str], Path]) -> None:
+    """What the packed path mends: transformers' BLOOM ignores position ids and attends across documents."""
+    reference = AutoModelForCausalLM.from_pretrained(tiny("bloom"))
+    (first, _), (other, _), (second, _) = sample(12, seed=8), sample(12, seed=9), sample(19, seed=7)
+    with torch.no_grad():
+        rows = [reference(torch.from_numpy(np.concatenate([head, second]))[None]).logits[0, 12:] for head in (first, other)]
+    assert not torch.allclose(*rows, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masked_tokens_contribute_nothing(tiny: Callable[[str], Path], family: str) -> None:
+    """Changing what a masked position should predict changes neither loss nor gradient."""
+    model = load_model(tiny(family))
+    ids, mask = sample(20, seed=3, learned=6)
+    batch = packed(pack([(ids, mask)]))
+    assert batch.target_positions.tolist() == list(range(13, 19))
+    loss, _ = batch_loss(model, batch)
+    everything, _ = batch_loss(model, packed(pack([(ids, np.ones(20, bool))])))
+    each = token_losses(model, packed(pack([(ids, np.ones(20, bool))])))
+    torch.testing.assert_close(loss, each[13:].sum(), atol=1e-4, rtol=1e-5)
+    assert float(everything) > float(loss)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_directory_opens_in_transformers(tiny: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    model = load_model(tiny(family))
+    save_model(model, tiny(family), tmp_path / "out", "{{ messages }}", torch.float32)
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    original = AutoModelForCausalLM.from_pretrained(tiny(family)).state_dict()
+    assert reopened.keys() == original.keys()
+    assert all(torch.equal(reopened[name], tensor) for name, tensor in original.items())

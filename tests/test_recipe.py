@@ -1,0 +1,112 @@
+"""Recipes: every shipped one loads, all mistakes come at once with their cure, overrides and freezing round-trip."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from firefly.errors import RecipeError
+from firefly.recipe import Recipe, TrainSection
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted([*ROOT.glob("recipes/*.toml"), *ROOT.glob("src/firefly/demo/*.toml")])
+
+
+def table(**train: Any) -> dict[str, Any]:
+    data = {"sources": [{"path": "a.jsonl"}]}
+    return {"name": "x", "output_dir": "o", "model": {"base": "demo:base"}, "data": data, "train": train}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    recipe = Recipe.load(path)
+    assert Recipe.from_table(tomllib.loads(recipe.to_toml())) == recipe
+
+
+@pytest.mark.parametrize(("name", "batch", "steps"), [("firefly-1b4", 16, 90_000), ("firefly-2b6", 8, 260_000)])
+def test_article_recipes_hold_the_articles_table(name: str, batch: int, steps: int) -> None:
+    recipe = Recipe.load(ROOT / "recipes" / f"{name}.toml")
+    train = recipe.train
+    assert (train.per_device_train_batch_size, train.max_steps) == (batch, steps)
+    assert (train.learning_rate, train.warmup_steps, train.lr_scheduler_type) == (3e-5, 3000, "cosine")
+    assert recipe.data.max_seq_length == 512 and train.gradient_accumulation_steps == 1
+    assert recipe.prune is not None and recipe.prune.vocab_size == 46_145
+
+
+def test_all_mistakes_at_once_with_cures() -> None:
+    wrong = table(learning_rat=1, warmup_steps=-1, objective="stf", max_grad_norm="much")
+    wrong["data"]["sources"][0]["taks"] = "Couplet"
+    wrong["trian"] = {}
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_table(wrong, "my.toml")
+    message = str(caught.value)
+    assert message.startswith("my.toml: 6 mistakes")
+    for part in (
+        "train.learning_rat = 1: unknown key; did you mean 'learning_rate'?",
+        "train.warmup_steps = -1: must be ≥ 0",
+        "train.objective = 'stf': allowed: 'sft', 'pretrain'; did you mean 'sft'?",
+        "train.max_grad_norm = 'much': should be a valid number",
+        "data.sources.0.taks = 'Couplet': unknown key; did you mean 'task'?",
+        "trian = {}: unknown key; did you mean 'train'?",
+    ):
+        assert part in message
+
+
+def test_missing_parts_are_named() -> None:
+    with pytest.raises(RecipeError, match=r"model: missing(.|\n)*data: missing"):
+        Recipe.from_table({"name": "x", "output_dir": "o"})
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('name = "x"\noutput_dir = "o"\nmodel.base = "m"\n[data]\nsources = [{path = "a"}]\n', "utf-8")
+    recipe = Recipe.load(path, ["train.learning_rate=2e-5", "output_dir=out/mine", "data.deduplicate=false"])
+    assert (recipe.train.learning_rate, recipe.output_dir, recipe.data.deduplicate) == (2e-5, "out/mine", False)
+    with pytest.raises(RecipeError, match="not of the form section.key=value"):
+        Recipe.load(path, ["train.learning_rate"])
+    with pytest.raises(RecipeError, match="did you mean 'learning_rate'"):
+        Recipe.load(path, ["train.learning_rte=1"])
+    with pytest.raises(RecipeError, match="'name', which is a value"):
+        Recipe.load(path, ["name.first=1"])
+
+
+@given(st.builds(TrainSection, seed=st.integers(0, 99), max_steps=st.none() | st.integers(1, 9), weight_decay=st.floats(0, 1)))
+def test_freezing_round_trips(train: TrainSection) -> None:
+    recipe = Recipe.from_table(table()).model_copy(update={"train": train})
+    assert Recipe.from_table(tomllib.loads(recipe.to_toml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"name = ", "not valid TOML"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_unreadable_recipes(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=says):
+        Recipe.load(path)
+    with pytest.raises(RecipeError, match="does not exist"):
+        Recipe.load(tmp_path / "other.toml")
+
+
+def test_bom_and_crlf_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    text = 'name = "x"\r\noutput_dir = "o"\r\nmodel.base = "m"\r\n[data]\r\nsources = [{path = "a"}]\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert Recipe.load(path).name == "x"
+
+
+def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    path = tmp_path / "r.toml"
+    path.write_text('name = "x"\noutput_dir = "o"\nmodel.base = "m"\n[data]\nsources = [{path = "a.jsonl"}, {path = "b"}]\n', "utf-8")
+    assert [source.path for source in Recipe.load(path).data.sources] == [str(tmp_path / "a.jsonl"), "b"]
