@@ -52,7 +52,9 @@ def test_every_top_level_name_has_a_layer() -> None:
     assert places <= set(LEVEL)
 
 
-@pytest.mark.parametrize("module", ["recipe", "data.dataset", "data.tokens", "data.loader", "evaluate.metrics", "cli"])
+@pytest.mark.parametrize(
+    "module", ["recipe", "data.dataset", "data.tokens", "data.loader", "evaluate.metrics", "cli"]
+)
 def test_light_modules_load_no_torch(module: str) -> None:
     code = f"import sys, firefly.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -28,7 +28,9 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     assert Recipe.from_table(tomllib.loads(recipe.to_toml())) == recipe
 
 
-@pytest.mark.parametrize(("name", "batch", "steps"), [("firefly-1b4", 16, 90_000), ("firefly-2b6", 8, 260_000)])
+@pytest.mark.parametrize(
+    ("name", "batch", "steps"), [("firefly-1b4", 16, 90_000), ("firefly-2b6", 8, 260_000)]
+)
 def test_article_recipes_hold_the_articles_table(name: str, batch: int, steps: int) -> None:
     recipe = Recipe.load(ROOT / "recipes" / f"{name}.toml")
     train = recipe.train
@@ -64,10 +66,16 @@ def test_missing_parts_are_named() -> None:
 
 def test_overrides(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
-    path.write_text('name = "x"\noutput_dir = "o"\nmodel.base = "m"\n[data]\nsources = [{path = "a"}]\n', "utf-8")
+    path.write_text(
+        'name = "x"\noutput_dir = "o"\nmodel.base = "m"\n[data]\nsources = [{path = "a"}]\n', "utf-8"
+    )
     recipe = Recipe.load(path, ["train.learning_rate=2e-5", "output_dir=out/mine", "data.deduplicate=false"])
-    assert (recipe.train.learning_rate, recipe.output_dir, recipe.data.deduplicate) == (2e-5, "out/mine", False)
-    with pytest.raises(RecipeError, match="not of the form section.key=value"):
+    assert (recipe.train.learning_rate, recipe.output_dir, recipe.data.deduplicate) == (
+        2e-5,
+        "out/mine",
+        False,
+    )
+    with pytest.raises(RecipeError, match=r"not of the form section\.key=value"):
         Recipe.load(path, ["train.learning_rate"])
     with pytest.raises(RecipeError, match="did you mean 'learning_rate'"):
         Recipe.load(path, ["train.learning_rte=1"])
@@ -75,7 +83,14 @@ def test_overrides(tmp_path: Path) -> None:
         Recipe.load(path, ["name.first=1"])
 
 
-@given(st.builds(TrainSection, seed=st.integers(0, 99), max_steps=st.none() | st.integers(1, 9), weight_decay=st.floats(0, 1)))
+@given(
+    st.builds(
+        TrainSection,
+        seed=st.integers(0, 99),
+        max_steps=st.none() | st.integers(1, 9),
+        weight_decay=st.floats(0, 1),
+    )
+)
 def test_freezing_round_trips(train: TrainSection) -> None:
     recipe = Recipe.from_table(table()).model_copy(update={"train": train})
     assert Recipe.from_table(tomllib.loads(recipe.to_toml())) == recipe
@@ -108,5 +123,8 @@ def test_bom_and_crlf_are_fine(tmp_path: Path) -> None:
 def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     path = tmp_path / "r.toml"
-    path.write_text('name = "x"\noutput_dir = "o"\nmodel.base = "m"\n[data]\nsources = [{path = "a.jsonl"}, {path = "b"}]\n', "utf-8")
+    path.write_text(
+        'name = "x"\noutput_dir = "o"\nmodel.base = "m"\n[data]\nsources = [{path = "a.jsonl"}, {path = "b"}]\n',
+        "utf-8",
+    )
     assert [source.path for source in Recipe.load(path).data.sources] == [str(tmp_path / "a.jsonl"), "b"]

@@ -10,8 +10,10 @@ from typing import Any
 PHRASES = (
     "春眠不觉晓 处处闻啼鸟 夜来风雨声 花落知多少 床前明月光 疑是地上霜 举头望明月 低头思故乡 白日依山尽 黄河入海流 "
     "学而时习之 不亦说乎 有朋自远方来 不亦乐乎 流萤 自然语言处理 模型训练 词表裁剪 今天天气很好 画蛇添足 守株待兔 "
-    "the firefly glows in summer while children read short stories about mountains rivers and models"
-).split()
+    "the firefly glows in summer while children read short stories about mountains rivers and models".split(
+        " "
+    )
+)
 
 
 def phrases(rng: random.Random, most: int = 8) -> str:
@@ -69,7 +71,9 @@ def save_model_dir(folder: Path, family: str, **changes: Any) -> Path:
     save_tokenizer(folder)
     settings = {"vocab_size": 503, "hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings, **SHAPES[family], **changes))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **settings, **SHAPES[family], **changes)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

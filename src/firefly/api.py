@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from firefly.recipe import GenerationSection, Recipe
 
@@ -35,7 +35,7 @@ def demo(output_dir: str | None = None, overrides: Sequence[str] = ()) -> DemoRe
     """Run the whole pipeline, offline, on the embedded base model."""
     from firefly.app.demo import run_demo
 
-    return run_demo(output_dir, tuple(overrides))
+    return run_demo(output_dir, overrides)
 
 
 def prune(
@@ -99,11 +99,15 @@ def chat(
     prompt: str | None = None,
     system: str | None = None,
     options: GenerationSection | None = None,
+    out: TextIO | None = None,
 ) -> ChatResult:
-    """Talk with a model in the terminal, or answer one prompt."""
+    """Talk with a model in the terminal, or answer one prompt; the answers stream to `out`, or else to stdout."""
     from firefly.app.chat import chat as talk
+    from firefly.app.chat import model_directory
+    from firefly.model.load import resolve
 
-    return talk(Path(model), options or GenerationSection(), prompt=prompt, system=system)
+    directory = model_directory(resolve(str(model)))
+    return talk(directory, options or GenerationSection(), prompt=prompt, system=system, out=out)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,9 @@ def version() -> VersionResult:
     """Versions of Firefly, Python and the libraries that decide about results."""
     import firefly
 
-    libraries = {name: installed_version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
+    libraries = {
+        name: installed_version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")
+    }
     return VersionResult(firefly=firefly.__version__, python=platform.python_version(), **libraries)
 
 

@@ -28,11 +28,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
+
+def _examples(*commands: str) -> str:
+    """The end of a verb's help."""
+    return "\n\n".join(["**Examples**", *(f"`{command}`" for command in commands)])
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML), see recipes/.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the recipe's.")
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values that replace the recipe's."),
 ]
 
 
@@ -47,13 +54,17 @@ def _show(result: Any, as_json: bool, lines: Callable[[Any], list[str]]) -> None
 
 def _stage_lines(result: Any) -> list[str]:
     rows = [
-        f"{name:9} {'done before' if stage.skipped else f'{stage.wall_s:,.1f} s'}" for name, stage in result.stages.items()
+        f"{name:9} {'done before' if stage.skipped else f'{stage.wall_s:,.1f} s'}"
+        for name, stage in result.stages.items()
     ]
     return [f"{result.name}: {result.output}", *rows]
 
 
 @app.command(
-    epilog="""Examples:\n\n    firefly demo\n\n    firefly demo --output out/again train.learning_rate=1e-3"""
+    epilog=_examples(
+        "firefly demo",
+        "firefly demo --output out/again train.learning_rate=1e-3",
+    )
 )
 def demo(
     overrides: Overrides = None,
@@ -68,20 +79,24 @@ def demo(
 
 
 @app.command(
-    epilog="""Examples:\n\n    firefly prune bigscience/bloom-1b7 out/bloom-1b4-zh --corpus zh.txt --corpus en.txt --vocab-size 46145"""
-    """\n\n    firefly prune demo:base out/small --corpus poems.jsonl --vocab-size 8000 --pad-to-multiple 64"""
+    epilog=_examples(
+        "firefly prune bigscience/bloom-1b7 out/bloom-1b4-zh --corpus zh.txt --corpus en.txt --vocab-size 46145",
+        "firefly prune demo:base out/small --corpus poems.jsonl --vocab-size 8000 --pad-to-multiple 64",
+    )
 )
 def prune(
     model: Annotated[str, typer.Argument(help="A model directory, a hub name, or demo:base.")],
     output: Annotated[Path, typer.Argument(help="The directory to write.")],
     corpus: Annotated[
-        list[Path], typer.Option("--corpus", "-c", help="Text or JSON Lines, file or folder; may be repeated.")
+        list[Path],
+        typer.Option("--corpus", "-c", help="Text or JSON Lines, file or folder; may be repeated."),
     ],
     vocab_size: Annotated[int, typer.Option("--vocab-size", "-n", help="Exact size of the new vocabulary.")],
     pad_to_multiple: Annotated[int, typer.Option(help="Make the size a multiple of this.")] = 1,
     keep_file: Annotated[Path | None, typer.Option(help="Further tokens to keep, one a line.")] = None,
     skip_logits_proof: Annotated[
-        bool, typer.Option("--skip-logits-proof", help="Leave out the part of the proof that runs both models.")
+        bool,
+        typer.Option("--skip-logits-proof", help="Leave out the part of the proof that runs both models."),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -107,32 +122,55 @@ def prune(
     )
 
 
-@app.command(epilog="""Examples:\n\n    firefly data recipes/firefly-1b4.toml""")
-def data(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
+@app.command(
+    epilog=_examples(
+        "firefly data recipes/firefly-1b4.toml",
+    )
+)
+def data(
+    recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False
+) -> None:
     """Build the dataset of a recipe: import, template, clean, split, encode."""
     console.quiet(quiet)
     _show(api.data(recipe, overrides or []), as_json, _stage_lines)
 
 
 @app.command(
-    epilog="""Examples:\n\n    firefly train recipes/firefly-1b4.toml\n\n    firefly train recipes/firefly-1b4.toml train.learning_rate=2e-5"""
+    epilog=_examples(
+        "firefly train recipes/firefly-1b4.toml",
+        "firefly train recipes/firefly-1b4.toml train.learning_rate=2e-5",
+    )
 )
-def train(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
+def train(
+    recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False
+) -> None:
     """Train the model of a recipe; goes on from the last checkpoint."""
     console.quiet(quiet)
     _show(api.train(recipe, overrides or []), as_json, _stage_lines)
 
 
-@app.command(epilog="""Examples:\n\n    firefly run recipes/demo.toml\n\n    firefly run recipes/firefly-2b6.toml output_dir=out/mine""")
+@app.command(
+    epilog=_examples(
+        "firefly run recipes/demo.toml",
+        "firefly run recipes/firefly-2b6.toml output_dir=out/mine",
+    )
+)
 def run(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Run every stage of a recipe, each skipped when it is already done."""
     console.quiet(quiet)
     _show(api.run(recipe, overrides or []), as_json, _stage_lines)
 
 
-@app.command(epilog="""Examples:\n\n    firefly evaluate out/demo\n\n    firefly evaluate recipes/demo.toml evaluate.generations_per_kind=50""")
+@app.command(
+    epilog=_examples(
+        "firefly evaluate out/demo",
+        "firefly evaluate recipes/demo.toml evaluate.generations_per_kind=50",
+    )
+)
 def evaluate(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|DIR", help="A recipe, or the output directory of a run.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|DIR", help="A recipe, or the output directory of a run.")
+    ],
     overrides: Overrides = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -143,11 +181,16 @@ def evaluate(
 
 
 @app.command(
-    epilog="""Examples:\n\n    firefly chat out/demo\n\n    firefly chat out/demo --prompt "对下联：白日依山尽" --temperature 0.7"""
+    epilog=_examples(
+        "firefly chat out/demo",
+        'firefly chat out/demo --prompt "对下联：白日依山尽" --temperature 0.7',
+    )
 )
 def chat(
     model: Annotated[str, typer.Argument(help="A model directory, or the output directory of a run.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this one prompt and end.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this one prompt and end.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 picks the likeliest token.", min=0)] = 0.35,
@@ -167,16 +210,24 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    result = api.chat(model, prompt=prompt, system=system, options=options)
+    result = api.chat(
+        model, prompt=prompt, system=system, options=options, out=sys.stderr if as_json else None
+    )
     if as_json:
         _show(result, True, lambda _: [])
 
 
-@app.command(epilog="""Examples:\n\n    firefly version --json""")
+@app.command(
+    epilog=_examples(
+        "firefly version --json",
+    )
+)
 def version(as_json: Json = False, quiet: Quiet = False) -> None:
     """Versions of Firefly and of what decides about its results."""
     console.quiet(quiet)
-    _show(api.version(), as_json, lambda v: [f"{name} {value}" for name, value in dataclasses.asdict(v).items()])
+    _show(
+        api.version(), as_json, lambda v: [f"{name} {value}" for name, value in dataclasses.asdict(v).items()]
+    )
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ def _bar(label: str, total: float | None, unit: str, done: float) -> Iterator[Pr
         TextColumn("{task.fields[note]}"),
     )
     with RichProgress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(label, total=total, completed=done, rate="", note="")
+        task = bars.add_task(label, total=total, completed=int(done), rate="", note="")
         start_s = time.monotonic()
 
         class Bar:

@@ -63,12 +63,16 @@ def test_jinja_form_is_identical(
     tiny: Callable[[str], Path], tokenizer: ModelTokenizer, system: str | None, contents: list[str]
 ) -> None:
     """Train, chat, and any other program that reads the model directory's template see the same tokens."""
-    if any(special in text for text in [*contents, system or ""] for special in ("<unk>", "<s>", "</s>", "<pad>")):
+    if any(
+        special in text for text in [*contents, system or ""] for special in ("<unk>", "<s>", "</s>", "<pad>")
+    ):
         return
     messages = turns(*contents, system=system)
     theirs = AutoTokenizer.from_pretrained(tiny("bloom"))
     theirs.chat_template = TEMPLATE
-    ids = theirs.apply_chat_template([{"role": m.role, "content": m.content} for m in messages], tokenize=True)
+    ids = theirs.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in messages], tokenize=True
+    )
     if not isinstance(ids, list):
         ids = ids["input_ids"]
     assert ids == render(messages, tokenizer).ids
@@ -87,7 +91,7 @@ def test_many_equals_one_by_one(tokenizer: ModelTokenizer, conversations: list[l
     assert rendered == [render(turns(*contents), tokenizer) for contents in conversations]
 
 
-def test_real_tokenizers(shared: Path, tmp_path: Path) -> None:
+def test_real_tokenizers(shared: Path) -> None:
     """Qwen3 has no `<s>`: its end token opens a turn as well."""
     qwen = ModelTokenizer.load(shared / "tokenizers" / "qwen3")
     rendered = render(turns("你好", "你好呀"), qwen)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import write_pairs
 
 from firefly.data.chatformat import render
 from firefly.data.dataset import build_dataset, read_dataset
@@ -20,6 +19,7 @@ from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import Tokens, TokensResult, encode_dataset
 from firefly.errors import InputError
 from firefly.recipe import DataSection
+from tiny import write_pairs
 
 Encode = Callable[..., tuple[Path, TokensResult]]
 
@@ -27,10 +27,16 @@ Encode = Callable[..., tuple[Path, TokensResult]]
 @pytest.fixture
 def encode(tiny: Callable[[str], Path], tmp_path: Path) -> Encode:
     def made(source: Path, importer: str = "firefly", **options: Any) -> tuple[Path, TokensResult]:
-        settings = {"sources": [{"path": str(source), "importer": importer}], "validation_fraction": 0.2, **options}
+        settings = {
+            "sources": [{"path": str(source), "importer": importer}],
+            "validation_fraction": 0.2,
+            **options,
+        }
         data = DataSection.model_validate(settings)
         build_dataset(data, tmp_path / "dataset")
-        return tmp_path / "tokens", encode_dataset(tmp_path / "dataset", tiny("bloom"), data, tmp_path / "tokens")
+        return tmp_path / "tokens", encode_dataset(
+            tmp_path / "dataset", tiny("bloom"), data, tmp_path / "tokens"
+        )
 
     return made
 
@@ -51,7 +57,9 @@ def test_every_example_comes_back(encode: Encode, tiny: Callable[[str], Path], t
 
 
 def long_pairs(path: Path, question: int, answer: int) -> Path:
-    rows = [{"kind": "K", "input": "问" * question + str(i), "target": "答" * answer + str(i)} for i in range(10)]
+    rows = [
+        {"kind": "K", "input": "问" * question + str(i), "target": "答" * answer + str(i)} for i in range(10)
+    ]
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return path
 
@@ -61,7 +69,9 @@ def test_truncation_is_counted_and_keeps_the_prompt(encode: Encode, tmp_path: Pa
     assert result.cuts == {"K": {"truncated": 10}} and result.longest_tokens == 32
     tokens = Tokens.open(place, "train")
     sample = tokens.sample(0)
-    assert len(sample.ids) == 32 and sample.mask.any() and sample.ids[-1] != 2  # cut, and not as if it ended there
+    assert (
+        len(sample.ids) == 32 and sample.mask.any() and sample.ids[-1] != 2
+    )  # cut, and not as if it ended there
 
 
 def test_dropping_is_counted(encode: Encode, tmp_path: Path) -> None:
@@ -82,7 +92,7 @@ def test_a_target_cut_entirely_is_an_error_unless_allowed(encode: Encode, tmp_pa
     assert not (tmp_path / "tokens").exists()
     _, result = encode(tmp_path / "r.jsonl", max_seq_length=128, allow_lost_targets=True)
     assert result.cuts == {"K": {"target_lost": 10}}
-    with pytest.raises(InputError, match="raise data.max_seq_length"):
+    with pytest.raises(InputError, match=r"raise data\.max_seq_length"):
         encode(tmp_path / "r.jsonl", max_seq_length=128, overlong="error")
 
 
@@ -91,7 +101,9 @@ def test_a_long_plain_text_loses_nothing(encode: Encode, tiny: Callable[[str], P
     (tmp_path / "t.txt").write_text(text + "\n" + text[::-1], encoding="utf-8")
     place, _ = encode(tmp_path / "t.txt", importer="text", max_seq_length=50, validation_fraction=0)
     tokenizer, tokens = ModelTokenizer.load(tiny("bloom")), Tokens.open(place, "train")
-    learned = np.concatenate([tokens.sample(n).ids[tokens.sample(n).mask.astype(bool)] for n in range(len(tokens))])
+    learned = np.concatenate(
+        [tokens.sample(n).ids[tokens.sample(n).mask.astype(bool)] for n in range(len(tokens))]
+    )
     expected = [*tokenizer.encode(text), 2, *tokenizer.encode(text[::-1]), 2]
     assert learned.tolist() == expected  # each token learned exactly once, in order
     assert len(tokens) > 10
@@ -129,7 +141,11 @@ def test_in_order_passes_every_sample_once(encode: Encode, tmp_path: Path) -> No
     assert len(batches) > 3
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=6))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=6
+    )
+)
 def test_packing(samples: list[list[tuple[int, bool]]]) -> None:
     """Targets are the masked tokens that have a predecessor in their own sample, and nothing else."""
     batch = pack([(np.array([i for i, _ in one]), np.array([m for _, m in one])) for one in samples])
@@ -141,5 +157,7 @@ def test_packing(samples: list[list[tuple[int, bool]]]) -> None:
         for place in range(1, len(one))
         if one[place][1]
     ]
-    found = zip(batch.target_positions.tolist(), batch.target_ids.tolist(), batch.target_samples.tolist(), strict=True)
+    found = zip(
+        batch.target_positions.tolist(), batch.target_ids.tolist(), batch.target_samples.tolist(), strict=True
+    )
     assert list(found) == expected

@@ -57,7 +57,7 @@ def test_accuracy_reads_one_label_out_of_the_answer(answer: str, right: int) -> 
 
 
 def test_accuracy_takes_the_longer_of_two_labels_and_averages() -> None:
-    pairs = answered(("好", "好评"), ("好评", "好评"), ("好", "好"), ("好", "很好"))
+    pairs = answered(("好评", "好评"), ("好评", "好"), ("好", "好"), ("好", "很好"))
     assert score("accuracy", pairs)["accuracy"] == 0.75
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from firefly.model import loss
 from firefly.model.loss import linear_cross_entropy
@@ -59,5 +59,7 @@ def test_bf16_is_no_worse_than_the_naive_bf16_path() -> None:
 
 @pytest.mark.parametrize("rows", [0])
 def test_no_learned_token_is_zero(rows: int) -> None:
-    total, each = linear_cross_entropy(torch.zeros(rows, 4, requires_grad=True), torch.ones(5, 4), torch.zeros(0, dtype=torch.long))
+    total, each = linear_cross_entropy(
+        torch.zeros(rows, 4, requires_grad=True), torch.ones(5, 4), torch.zeros(0, dtype=torch.long)
+    )
     assert float(total) == 0.0 and each.shape == (0,)

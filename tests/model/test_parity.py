@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from firefly.data.loader import Batch, pack
@@ -48,7 +48,9 @@ def test_logits_equal_transformers(tiny: Callable[[str], Path], family: str) -> 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_gradients_equal_transformers(tiny: Callable[[str], Path], family: str, checkpointing: bool) -> None:
+def test_loss_and_gradients_equal_transformers(
+    tiny: Callable[[str], Path], family: str, checkpointing: bool
+) -> None:
     ids, mask = sample(29, seed=2, learned=11)
     model, reference = load_model(tiny(family)), AutoModelForCausalLM.from_pretrained(tiny(family))
     model.gradient_checkpointing = checkpointing
@@ -62,7 +64,9 @@ def test_loss_and_gradients_equal_transformers(tiny: Callable[[str], Path], fami
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
     gradients = {name: p.grad for name, p in transformers_model(model).named_parameters()}
     for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,7 +94,10 @@ def test_plain_transformers_does_leak(tiny: Callable[[str], Path]) -> None:
     reference = AutoModelForCausalLM.from_pretrained(tiny("bloom"))
     (first, _), (other, _), (second, _) = sample(12, seed=8), sample(12, seed=9), sample(19, seed=7)
     with torch.no_grad():
-        rows = [reference(torch.from_numpy(np.concatenate([head, second]))[None]).logits[0, 12:] for head in (first, other)]
+        rows = [
+            reference(torch.from_numpy(np.concatenate([head, second]))[None]).logits[0, 12:]
+            for head in (first, other)
+        ]
     assert not torch.allclose(*rows, atol=1e-2)
 
 
@@ -109,7 +116,9 @@ def test_masked_tokens_contribute_nothing(tiny: Callable[[str], Path], family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_saved_directory_opens_in_transformers(tiny: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+def test_saved_directory_opens_in_transformers(
+    tiny: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
     model = load_model(tiny(family))
     save_model(model, tiny(family), tmp_path / "out", "{{ messages }}", torch.float32)
     reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()

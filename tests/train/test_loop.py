@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import recipe_table, write_pairs
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from firefly import api
@@ -25,6 +24,7 @@ from firefly.data.tokens import Tokens
 from firefly.errors import CheckpointError, ModelError, TrainingError
 from firefly.files import sha256_file
 from firefly.recipe import Recipe
+from tiny import recipe_table, write_pairs
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -83,7 +83,10 @@ def start(made: Recipe) -> subprocess.Popen[str]:
     path = made.out.parent / f"{made.out.name}.toml"
     path.write_text(made.to_toml(), encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, "-m", "firefly", "train", str(path)], stderr=subprocess.PIPE, text=True, env=os.environ
+        [sys.executable, "-m", "firefly", "train", str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
     )
 
 
@@ -113,7 +116,9 @@ def test_sigkill_and_resume_is_bit_equal(recipe: Callable[..., Recipe], accumula
     assert len(rows(broken.out)) < 60, "the process was too fast to be killed in the middle"
     api.train(broken)
     assert exact_losses(broken.out) == exact_losses(whole.out)
-    assert sha256_file(broken.out / "model" / "model.safetensors") == sha256_file(whole.out / "model" / "model.safetensors")
+    assert sha256_file(broken.out / "model" / "model.safetensors") == sha256_file(
+        whole.out / "model" / "model.safetensors"
+    )
 
 
 def test_sigterm_saves_and_stops(recipe: Callable[..., Recipe]) -> None:
@@ -133,7 +138,9 @@ def test_accumulation_does_not_change_the_mathematics(recipe: Callable[..., Reci
     api.train(recipe("once", per_device_train_batch_size=8))
     api.train(recipe("twice", per_device_train_batch_size=4, gradient_accumulation_steps=2))
     once, twice = (recipe(name).out for name in ("once", "twice"))
-    assert [row["loss"] for row in rows(once)] == pytest.approx([row["loss"] for row in rows(twice)], abs=1e-5)
+    assert [row["loss"] for row in rows(once)] == pytest.approx(
+        [row["loss"] for row in rows(twice)], abs=1e-5
+    )
 
 
 def test_loss_that_is_not_finite_stops_before_the_update(
@@ -150,7 +157,9 @@ def test_loss_that_is_not_finite_stops_before_the_update(
         return (total * math.nan if len(calls) == 6 else total), each
 
     monkeypatch.setattr(loop, "batch_loss", poisoned)
-    with pytest.raises(TrainingError, match=r"stopped before the update.*lines \d+, \d+, \d+, \d+ of the dataset") as caught:
+    with pytest.raises(
+        TrainingError, match=r"stopped before the update.*lines \d+, \d+, \d+, \d+ of the dataset"
+    ) as caught:
         api.train(made)
     lines = [int(part) for part in str(caught.value).split("lines ")[1].split(" of")[0].split(", ")]
     tokens = Tokens.open(made.out / "tokens", "train")
@@ -172,7 +181,9 @@ def test_flipped_byte_in_a_checkpoint_is_found(recipe: Callable[..., Recipe]) ->
     damaged.write_bytes(content)
     (made.out / ".stages" / "train.json").unlink()
     model = sha256_file(made.out / "model" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is damaged.*delete .*checkpoint-8 .*checkpoint-4"):
+    with pytest.raises(
+        CheckpointError, match=r"optimizer\.safetensors is damaged.*delete .*checkpoint-8 .*checkpoint-4"
+    ):
         api.train(made)
     assert sha256_file(made.out / "model" / "model.safetensors") == model
 
@@ -212,7 +223,11 @@ def test_run_directory_tells_the_story(recipe: Callable[..., Recipe]) -> None:
     assert json.loads((run / "environment.json").read_text("utf-8"))["torch"] == torch.__version__
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert any((run / "tensorboard").iterdir())
-    validated = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines() if "validation" in line]
+    validated = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()
+        if "validation" in line
+    ]
     assert [row["step"] for row in validated] == [4, 8]
     assert set(result["validation"]) == {"Couplet", "Dictionary", "all"}
     assert [path.name for path in sorted(run.glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-8"]

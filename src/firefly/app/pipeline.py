@@ -22,9 +22,9 @@ import firefly
 from firefly.console import say
 from firefly.data.dataset import build_dataset
 from firefly.data.tokens import encode_dataset
-from firefly.errors import ModelError
+from firefly.errors import ModelError, OutputError
 from firefly.evaluate.run import evaluate
-from firefly.files import exclusive, locate, sha256_file, sha256_json, write_atomic, write_json
+from firefly.files import exclusive, locate, sha256_file, sha256_json, write_atomic, write_json, writing_to
 from firefly.model.load import read_config, resolve, weight_files
 from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
@@ -62,6 +62,7 @@ def run_stages(recipe: Recipe, until: StageName = "evaluate") -> RunResult:
     weight_files(base)
     if not (base / "tokenizer.json").is_file():
         raise ModelError(f"{base} has no tokenizer.json; save the base with a fast tokenizer.")
+    _claim(recipe.out)
     with exclusive(recipe.out, "a Firefly run"):
         write_atomic(recipe.out / "recipe.toml", recipe.to_toml())
         line = _Line(recipe)
@@ -70,6 +71,18 @@ def run_stages(recipe: Recipe, until: StageName = "evaluate") -> RunResult:
                 continue
             getattr(line, name)(base)
     return RunResult(recipe.name, str(recipe.out), line.done)
+
+
+def _claim(out: Path) -> None:
+    """Make `out` a run's output directory; raises `OutputError` for a folder that holds something else."""
+    mine = out / ".stages"
+    if out.is_dir() and not mine.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
+        raise OutputError(
+            f"{out} holds other files, which stages named dataset, model or run could replace; "
+            "choose a new or empty output_dir."
+        )
+    with writing_to(out):
+        mine.mkdir(parents=True, exist_ok=True)
 
 
 class _Line:
@@ -121,7 +134,12 @@ class _Line:
     def tokens(self, base: Path) -> None:
         data = self.recipe.data
         limits = [data.max_seq_length, data.overlong, data.allow_lost_targets]
-        depends = [limits, self.marks["dataset"], self.marks.get("prune"), sha256_file(base / "tokenizer.json")]
+        depends = [
+            limits,
+            self.marks["dataset"],
+            self.marks.get("prune"),
+            sha256_file(base / "tokenizer.json"),
+        ]
         place = self.out / "tokens"
         self._stage(
             "tokens", place, depends, lambda: encode_dataset(self.out / "dataset", self.model, data, place)
@@ -129,7 +147,11 @@ class _Line:
 
     def train(self, base: Path) -> None:
         section = self.recipe.train.model_dump()
-        depends = [section, self.marks["tokens"], self.marks.get("prune") or [_identity(p) for p in _files_of(base)]]
+        depends = [
+            section,
+            self.marks["tokens"],
+            self.marks.get("prune") or [_identity(p) for p in _files_of(base)],
+        ]
         self._stage(
             "train",
             self.out / "model",

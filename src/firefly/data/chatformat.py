@@ -74,7 +74,7 @@ def render_many(conversations: Sequence[Sequence[Message]], tokenizer: ModelToke
 def _segments(messages: Sequence[Message]) -> list[tuple[str, str]]:
     """(role, text) of each turn, the system message merged into the first input."""
     system = ""
-    segments = []
+    segments: list[tuple[str, str]] = []
     for message in messages:
         if message.role == "system":
             system = message.content + "\n\n"

@@ -50,13 +50,16 @@ class ModelTokenizer:
                 f"{directory} names no eos_token in tokenizer_config.json, so a model could never stop; add one."
             )
         bos = _named_token(directory, "bos_token") or eos
-        ids = {token: rust.token_to_id(token) for token in (bos, eos)}
-        for token, number in ids.items():
-            if number is None:
+
+        def number(token: str) -> int:
+            found = rust.token_to_id(token)
+            if found is None:
                 raise ModelError(
                     f"{directory}: the special token {token!r} is not in tokenizer.json; add it there."
                 )
-        return cls(rust, bos, eos, ids[bos], ids[eos], sha256_file(path), path)
+            return found
+
+        return cls(rust, bos, eos, number(bos), number(eos), sha256_file(path), path)
 
     @property
     def vocab_size(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from firefly.errors import ModelError
@@ -39,16 +39,26 @@ class BloomShape:
         """Read a BLOOM config.json; raises `ModelError` for dropout, which no published BLOOM uses."""
         for name in ("hidden_dropout", "attention_dropout"):
             if config.get(name, 0.0):
-                raise ModelError(f"This BLOOM's config.json sets {name} = {config[name]}; set it to 0 to train it here.")
+                raise ModelError(
+                    f"This BLOOM's config.json sets {name} = {config[name]}; set it to 0 to train it here."
+                )
         return cls(
             vocab_size=config["vocab_size"],
-            hidden_size=config.get("hidden_size", config.get("n_embed")),
-            num_layers=config.get("n_layer", config.get("num_hidden_layers")),
-            num_heads=config.get("n_head", config.get("num_attention_heads")),
+            hidden_size=_first(config, "hidden_size", "n_embed"),
+            num_layers=_first(config, "n_layer", "num_hidden_layers"),
+            num_heads=_first(config, "n_head", "num_attention_heads"),
             layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
             residual_after_layernorm=config.get("apply_residual_connection_post_layernorm", False),
             tied=config.get("tie_word_embeddings", True),
         )
+
+
+def _first(config: dict[str, Any], *names: str) -> int:
+    """A number that older and newer config.json files name differently."""
+    for name in names:
+        if name in config:
+            return int(config[name])
+    raise ModelError(f"This BLOOM's config.json lacks {' and '.join(names)}; fetch it again.")
 
 
 class Bloom(nn.Module):

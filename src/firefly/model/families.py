@@ -40,8 +40,9 @@ class HubModel(nn.Module):
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
-        if on:
-            self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+        if on:  # renamed in transformers 5.2x
+            old = self.inner.gradient_checkpointing_enable
+            getattr(self.inner, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
     def hidden(self, batch: PackedInput) -> Tensor:
         """Final hidden states, T C."""
@@ -67,7 +68,9 @@ def build(config: dict[str, Any]) -> CausalModel:
     """The empty model of a config.json; raises `ModelError` for a family that is not in the table."""
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        raise ModelError(f"The model family '{kind}' is not supported for training; {choices(kind, FAMILIES)}.")
+        raise ModelError(
+            f"The model family '{kind}' is not supported for training; {choices(kind, FAMILIES)}."
+        )
     return FAMILIES[kind](config)
 
 

@@ -65,7 +65,7 @@ class Generator:
         from transformers import StoppingCriteriaList
 
         width = max(map(len, prompts))
-        # The repetition penalty also sees what the mask hides, so each row is padded with a token of its own.
+        # Older transformers let the repetition penalty see padding too: each row's padding is a token of its own.
         rows = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         seen = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         forked = [self.device] if self.device.type == "cuda" else []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from firefly.errors import ModelError
 from firefly.files import directory_atomic, locate, require_disk, write_json
-from firefly.model.families import CausalModel, build, transformers_model
+from firefly.model.families import CausalModel, HubModel, build, transformers_model
 
 COMPANIONS = (
     "generation_config.json",
@@ -32,8 +32,10 @@ def resolve(name: str) -> Path:
     path = locate(name)
     if path.is_dir():
         return path
-    if name.startswith("demo:") or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"The model directory {name} does not exist; give a directory, or a hub name like owner/model.")
+    if name.startswith(("demo:", ".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"The model directory {name} does not exist; give a directory, or a hub name like owner/model."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -70,7 +72,9 @@ def weight_files(directory: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         for name in names:
             if Path(name).name != name:
-                raise ModelError(f"{index} names the file {name!r}, which is not in its own folder; refusing to read it.")
+                raise ModelError(
+                    f"{index} names the file {name!r}, which is not in its own folder; refusing to read it."
+                )
             if not (directory / name).is_file():
                 raise ModelError(f"{index} names {name}, which is not there; fetch the model again.")
         return [directory / name for name in names]
@@ -82,10 +86,14 @@ def weight_files(directory: Path) -> list[Path]:
             f"{directory} holds .bin weights only; convert them once with "
             "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)`, which writes safetensors."
         )
-    raise ModelError(f"{directory} has no weights (model.safetensors); check the path, or fetch the model again.")
+    raise ModelError(
+        f"{directory} has no weights (model.safetensors); check the path, or fetch the model again."
+    )
 
 
-def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CausalModel:
+def load_model(
+    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> CausalModel:
     """Load a model directory for packed training or scoring.
 
     Raises `ModelError` for a missing or damaged file, an unsupported family, or weights that do not fit.
@@ -116,7 +124,9 @@ def fill(
     if config.get("tie_word_embeddings", True) and "lm_head.weight" in expected:
         found.setdefault("lm_head.weight", found.get("model.embed_tokens.weight", torch.empty(0)))
     if missing := sorted(expected - set(found)):
-        raise ModelError(f"{files[0].parent} lacks the tensor {missing[0]} ({len(missing)} in all); fetch it again.")
+        raise ModelError(
+            f"{files[0].parent} lacks the tensor {missing[0]} ({len(missing)} in all); fetch it again."
+        )
     for name, parameter in inner.state_dict().items():
         if found[name].shape != parameter.shape:
             raise ModelError(
@@ -124,8 +134,8 @@ def fill(
                 f"{tuple(parameter.shape)}; config.json and weights are not of one model."
             )
     inner.load_state_dict(found, assign=True)
-    if hasattr(inner, "tie_weights"):
-        inner.tie_weights()
+    if isinstance(model, HubModel):
+        model.inner.tie_weights()
     _restore_buffers(model, config, device)
     for parameter in inner.parameters():
         parameter.requires_grad_(True)
@@ -191,7 +201,10 @@ def save_model(model: CausalModel, base: Path, out: Path, chat_template: str, dt
             names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
             weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
             total = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize
-            write_json(place / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(
+                place / "model.safetensors.index.json",
+                {"metadata": {"total_size": total}, "weight_map": weight_map},
+            )
         for file, shard in zip(names, shards, strict=True):
             ready = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in shard.items()}
             save_file(ready, place / file, metadata={"format": "pt"})

@@ -33,13 +33,15 @@ def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple
         total, each = _LinearCrossEntropy.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
         return total, each.detach()
     weight = head.to(hidden.dtype)
-    each = torch.cat([_chunk_losses(rows @ weight.T, ids)[0] for rows, ids in _chunks(hidden, targets, len(head))])
+    each = torch.cat(
+        [_chunk_losses(rows @ weight.T, ids)[0] for rows, ids in _chunks(hidden, targets, len(head))]
+    )
     return each.sum(), each
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
     rows = max(1, CHUNK_BYTES[hidden.device.type] // (4 * vocab_size))
-    return list(zip(hidden.split(rows), targets.split(rows), strict=True))
+    return list(zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True))
 
 
 def _chunk_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from firefly.errors import ModelError
 
@@ -51,7 +52,9 @@ class PackedInput:
 
         def tensor(array: Any) -> Tensor:
             host = torch.from_numpy(array)
-            return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+            return (
+                host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+            )
 
         return cls(
             tensor(batch.input_ids),
@@ -76,11 +79,11 @@ def packed_attention(
     """
     bias = None
     if slopes is not None:
-        longest = max(stop - start for start, stop in zip(borders, borders[1:], strict=False))
+        longest = max(stop - start for start, stop in pairwise(borders))
         bias = alibi_bias(slopes, longest).to(query.dtype)  # H L L
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in pairwise(borders):
         length = stop - start
         attended = F.scaled_dot_product_attention(
             query[start:stop].transpose(0, 1)[None],  # 1 H L D
@@ -128,14 +131,16 @@ def _transformers_attention(
     borders: Sequence[int] = (),
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    longest = max(stop - start for start, stop in zip(borders, borders[1:], strict=False))
+    longest = max(stop - start for start, stop in pairwise(borders))
     if sliding_window is not None and longest > sliding_window:
         raise ModelError(
             f"A sample has {longest} tokens and this model attends over a window of {sliding_window}; "
             f"set data.max_seq_length to {sliding_window} or less."
         )
     if dropout and module.training:
-        raise ModelError("Attention dropout is not supported; set attention_dropout to 0 in the model's config.json.")
+        raise ModelError(
+            "Attention dropout is not supported; set attention_dropout to 0 in the model's config.json."
+        )
     out = packed_attention(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), borders, scale=scaling
     )

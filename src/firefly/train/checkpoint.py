@@ -52,7 +52,9 @@ def save_checkpoint(
     target = run / f"checkpoint-{state.step}"
     moments = _optimizer_tensors(names, optimizer)
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in names.items()}
-    require_disk(run, sum(t.numel() * t.element_size() for t in [*weights.values(), *moments.values()]) + (1 << 20))
+    require_disk(
+        run, sum(t.numel() * t.element_size() for t in [*weights.values(), *moments.values()]) + (1 << 20)
+    )
     with directory_atomic(target) as place:
         save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
         save_file(moments, place / "optimizer.safetensors")
@@ -103,10 +105,14 @@ def verify(path: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         digests = {name: manifest[name] for name in _FILES}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} has no readable manifest.json, so it cannot be trusted; {cure}") from error
+        raise CheckpointError(
+            f"{path} has no readable manifest.json, so it cannot be trusted; {cure}"
+        ) from error
     for name, digest in digests.items():
         if not (path / name).is_file() or sha256_file(path / name) != digest:
-            raise CheckpointError(f"{path / name} is damaged (its SHA-256 differs from the manifest's); {cure}")
+            raise CheckpointError(
+                f"{path / name} is damaged (its SHA-256 differs from the manifest's); {cure}"
+            )
 
 
 def _optimizer_tensors(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ class Metrics:
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every whole row on the disk; a line broken off by a crash is left out."""
@@ -46,13 +45,17 @@ class Metrics:
             for name, value in _scalars(row):
                 self.board.add_scalar(name, value, row["step"])
 
-    def close(self) -> None:
-        """Flush everything and draw loss.png."""
-        os.fsync(self.handle.fileno())
+    def draw(self) -> None:
+        """Draw loss.png from everything written so far."""
+        draw_loss(self.rows(), self.run / "loss.png")
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.handle.close()
         if self.board is not None:
             self.board.close()
-        draw_loss(self.rows(), self.run / "loss.png")
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
@@ -66,10 +69,14 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
     """Training loss and, where measured, held-out loss over the steps."""
     with figure(path) as axes:
         trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-        axes.plot(*zip(*trained, strict=True), color=BLUE, linewidth=1, label=label("训练损失", "training loss"))
+        axes.plot(
+            *zip(*trained, strict=True), color=BLUE, linewidth=1, label=label("训练损失", "training loss")
+        )
         held_out = [(row["step"], row["validation"]["all"]["loss"]) for row in rows if row.get("validation")]
         if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o-", color=ORANGE, label=label("验证损失", "held-out loss"))
+            axes.plot(
+                *zip(*held_out, strict=True), "o-", color=ORANGE, label=label("验证损失", "held-out loss")
+            )
         axes.set_xlabel(label("步数", "step"))
         axes.set_ylabel(label("损失（nat/词元）", "loss (nats per token)"))
         axes.legend(frameon=False)

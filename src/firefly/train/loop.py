@@ -86,26 +86,13 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     optimizer = make_optimizer(names.values(), section)
 
     fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps)
-    state = TrainState(fingerprint=fingerprint, num_threads=torch.get_num_threads())
-    checkpoints = find_checkpoints(run) if section.resume_from_checkpoint == "auto" else []
-    if checkpoints:
-        state = load_checkpoint(checkpoints[-1], names, optimizer, fingerprint)
-        say(f"resuming from {checkpoints[-1].name}")
-        if state.num_threads != torch.get_num_threads() and device.type == "cpu":
-            warn(f"{state.num_threads} threads before, {torch.get_num_threads()} now: losses may differ in the last bits")
-    elif find_checkpoints(run):
-        raise CheckpointError(
-            f"{run} already holds checkpoints and train.resume_from_checkpoint is 'never'; "
-            "choose another output_dir, or set it to 'auto' to go on."
-        )
-    else:
-        write_atomic(run / "recipe.toml", recipe.to_toml())
-        write_json(run / "environment.json", _environment(device))
-    metrics = Metrics(run, state.step, section.report_to)
-
-    started_s, tokens_before = time.monotonic() - state.elapsed_s, state.trained_tokens
-    resumed_s = time.monotonic()
-    with _stop_signals() as stop, progress("train", total_steps, "steps", state.step) as bar:
+    state = _start_or_resume(recipe, run, names, optimizer, fingerprint, device)
+    resumed_s, resumed_tokens, elapsed_before_s = time.monotonic(), state.trained_tokens, state.elapsed_s
+    with (
+        _stop_signals() as stop,
+        Metrics(run, state.step, section.report_to) as metrics,
+        progress("train", total_steps, "steps", state.step) as bar,
+    ):
         while state.step < total_steps:
             rate = learning_rate_at(state.step, total_steps, section)
             batches = _micro_batches(stream, state.step, section.gradient_accumulation_steps)
@@ -116,12 +103,12 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
             state.trained_tokens += sum(len(batch.input_ids) for batch in batches)
-            state.elapsed_s = time.monotonic() - started_s
+            state.elapsed_s = elapsed_before_s + time.monotonic() - resumed_s
 
             _count(state.window, loss_sum, norm, batches)
             if state.step % section.logging_steps == 0 or state.step == total_steps:
                 row = _close_window(state, rate)
-                speed = (state.trained_tokens - tokens_before) / (time.monotonic() - resumed_s)
+                speed = (state.trained_tokens - resumed_tokens) / (time.monotonic() - resumed_s)
                 metrics.write(row | {"tokens_per_s": round(speed, 1)})
                 note = f"loss {row['loss']:.3f} · {speed:,.0f} tokens/s"
             else:
@@ -132,10 +119,12 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
                 metrics.write({"step": state.step, "validation": validate(model, held_out, device, bf16)})
             if last or stop.asked or state.step % section.save_steps == 0:
                 saved = save_checkpoint(run, names, optimizer, state, section.save_total_limit)
+                metrics.draw()
                 if stop.asked and not last:
-                    raise Interrupted(f"stopped; {saved} is saved, run the same command to go on.", stop.asked)
+                    raise Interrupted(
+                        f"stopped; {saved} is saved, run the same command to go on.", stop.asked
+                    )
 
-    metrics.close()
     export_dtype = stored_dtype(model_dir)
     save_model(model, model_dir, out, TEMPLATE, export_dtype)
     rows = metrics.rows()
@@ -152,7 +141,37 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     )
 
 
-def validate(model: CausalModel, tokens: Tokens, device: torch.device, bf16: bool = False) -> dict[str, dict[str, float]]:
+def _start_or_resume(
+    recipe: Recipe,
+    run: Path,
+    names: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    fingerprint: str,
+    device: torch.device,
+) -> TrainState:
+    """Go on from the newest checkpoint of `run`, or begin: freeze recipe and environment."""
+    checkpoints = find_checkpoints(run)
+    if not checkpoints:
+        write_atomic(run / "recipe.toml", recipe.to_toml())
+        write_json(run / "environment.json", _environment(device))
+        return TrainState(fingerprint=fingerprint, num_threads=torch.get_num_threads())
+    if recipe.train.resume_from_checkpoint == "never":
+        raise CheckpointError(
+            f"{run} already holds checkpoints and train.resume_from_checkpoint is 'never'; "
+            "choose another output_dir, or set it to 'auto' to go on."
+        )
+    state = load_checkpoint(checkpoints[-1], names, optimizer, fingerprint)
+    say(f"train: resuming from {checkpoints[-1].name}")
+    if state.num_threads != torch.get_num_threads() and device.type == "cpu":
+        warn(
+            f"{state.num_threads} threads before, {torch.get_num_threads()} now: losses may differ in the last bits"
+        )
+    return state
+
+
+def validate(
+    model: CausalModel, tokens: Tokens, device: torch.device, bf16: bool = False
+) -> dict[str, dict[str, float]]:
     """Held-out loss per task and in `all`: `loss` in nats a token, and `bits_per_byte` of the learned text.
 
     Bits per byte do not depend on the vocabulary, so they compare models with different tokenizers.
@@ -178,15 +197,15 @@ def _backward(
     total = torch.zeros((), device=device)
     for batch in batches:
         loss, _ = batch_loss(model, PackedInput.of(batch, device), bf16)
-        (loss / num_targets).backward()
+        torch.autograd.backward(loss / num_targets)
         total += loss.detach()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     if not bool(torch.isfinite(total + norm)):
         raise TrainingError(
             f"The loss is {float(total) / num_targets} and the gradient norm {float(norm)}; stopped before the update. "
-            f"{_samples(batches, data)}. Look at these samples, lower train.learning_rate, or use precision = 'float32'; "
-            "then run again to go on from the last checkpoint."
+            f"{_samples(batches, data)}. Look at these samples, lower train.learning_rate, "
+            "or use precision = 'float32'; then run again to go on from the last checkpoint."
         )
     return total, norm
 
@@ -215,7 +234,14 @@ def _unique_parameters(model: CausalModel) -> dict[str, torch.nn.Parameter]:
 
 def _fingerprint(section: TrainSection, model_dir: Path, tokens_dir: Path, total_steps: int) -> str:
     """What a checkpoint belongs to: options that change the losses, base weights, and data."""
-    harmless = {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to"}
+    harmless = {
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "report_to",
+    }
     options = section.model_dump(exclude=harmless | {"max_steps", "num_train_epochs"})
     weights = [sha256_file(path) for path in weight_files(model_dir)]
     return sha256_json([options, total_steps, weights, sha256_file(tokens_dir / "index.json")])
@@ -289,5 +315,3 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
     text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
-
-
