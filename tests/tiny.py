@@ -10,10 +10,8 @@ from typing import Any
 PHRASES = (
     "春眠不觉晓 处处闻啼鸟 夜来风雨声 花落知多少 床前明月光 疑是地上霜 举头望明月 低头思故乡 白日依山尽 黄河入海流 "
     "学而时习之 不亦说乎 有朋自远方来 不亦乐乎 流萤 自然语言处理 模型训练 词表裁剪 今天天气很好 画蛇添足 守株待兔 "
-    "the firefly glows in summer while children read short stories about mountains rivers and models".split(
-        " "
-    )
-)
+    "the firefly glows in summer while children read short stories about mountains rivers and models"
+).split()
 
 
 def phrases(rng: random.Random, most: int = 8) -> str:

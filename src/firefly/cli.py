@@ -230,10 +230,10 @@ def version(as_json: Json = False, quiet: Quiet = False) -> None:
     )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a `FireflyError` becomes one sentence on stderr and exit status 1."""
     try:
-        app()
+        app(arguments)
     except FireflyError as error:
         _fail(f"error: {error}", 1)
     except Interrupted as stop:

@@ -14,13 +14,17 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from firefly.errors import InputError, OutputError
 
+_REFUSED = re.compile(r"os error (\d+)")  # how safetensors' own writer tells of the system's refusal
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -30,15 +34,18 @@ def writing_to(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals while writing `path` into one sentence (`OutputError`)."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except (OSError, SafetensorError) as error:
+        found = _REFUSED.search(str(error))
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        if number in _FULL:
             raise OutputError(
                 f"The disk is full while writing {path}; earlier results are untouched. "
                 "Free some space, or choose another output_dir, and run the same command again."
             ) from error
-        if error.errno in _UNWRITABLE:
+        if number in _UNWRITABLE:
+            reason = os.strerror(number)
             raise OutputError(
-                f"Cannot write {path}: {error.strerror or error}. Choose an output_dir that you may write to."
+                f"Cannot write {path}: {reason}. Choose an output_dir that you may write to."
             ) from error
         raise
 

@@ -22,10 +22,10 @@ import firefly
 from firefly.console import say
 from firefly.data.dataset import build_dataset
 from firefly.data.tokens import encode_dataset
-from firefly.errors import ModelError, OutputError
+from firefly.errors import OutputError
 from firefly.evaluate.run import evaluate
 from firefly.files import exclusive, locate, sha256_file, sha256_json, write_atomic, write_json, writing_to
-from firefly.model.load import read_config, resolve, weight_files
+from firefly.model.load import check_model, resolve, weight_files
 from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
 from firefly.train.loop import train
@@ -58,10 +58,7 @@ def run_stages(recipe: Recipe, until: StageName = "evaluate") -> RunResult:
     Raises a `FireflyError` for anything the user can mend; what was finished before stays.
     """
     base = resolve(recipe.model.base)
-    read_config(base)
-    weight_files(base)
-    if not (base / "tokenizer.json").is_file():
-        raise ModelError(f"{base} has no tokenizer.json; save the base with a fast tokenizer.")
+    check_model(base)
     _claim(recipe.out)
     with exclusive(recipe.out, "a Firefly run"):
         write_atomic(recipe.out / "recipe.toml", recipe.to_toml())

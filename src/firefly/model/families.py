@@ -64,14 +64,17 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], CausalModel]] = {
 }
 
 
-def build(config: dict[str, Any]) -> CausalModel:
-    """The empty model of a config.json; raises `ModelError` for a family that is not in the table."""
+def require_supported(config: dict[str, Any]) -> str:
+    """The family of a config.json; raises `ModelError` for one that is not in the table."""
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        raise ModelError(
-            f"The model family '{kind}' is not supported for training; {choices(kind, FAMILIES)}."
-        )
-    return FAMILIES[kind](config)
+        raise ModelError(f"The model family '{kind}' is not supported for training; {choices(kind, FAMILIES)}.")
+    return kind
+
+
+def build(config: dict[str, Any]) -> CausalModel:
+    """The empty model of a config.json."""
+    return FAMILIES[require_supported(config)](config)
 
 
 def transformers_model(model: CausalModel) -> nn.Module:

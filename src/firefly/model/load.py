@@ -14,7 +14,7 @@ from torch import Tensor
 
 from firefly.errors import ModelError
 from firefly.files import directory_atomic, locate, require_disk, write_json
-from firefly.model.families import CausalModel, HubModel, build, transformers_model
+from firefly.model.families import CausalModel, HubModel, build, require_supported, transformers_model
 
 COMPANIONS = (
     "generation_config.json",
@@ -89,6 +89,22 @@ def weight_files(directory: Path) -> list[Path]:
     raise ModelError(
         f"{directory} has no weights (model.safetensors); check the path, or fetch the model again."
     )
+
+
+def check_model(directory: Path) -> None:
+    """Find out before any long work what would stop training: config, family, tokenizer, weight files' headers.
+
+    Raises `ModelError`.
+    """
+    require_supported(read_config(directory))
+    if not (directory / "tokenizer.json").is_file():
+        raise ModelError(f"{directory} has no tokenizer.json; save the model with a fast tokenizer.")
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged ({error}); fetch the model again.") from error
 
 
 def load_model(
