@@ -224,6 +224,7 @@ def save_model(model: CausalModel, base: Path, out: Path, chat_template: str, dt
         for file, shard in zip(names, shards, strict=True):
             ready = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in shard.items()}
             save_file(ready, place / file, metadata={"format": "pt"})
+            (place / file).chmod(0o644)  # safetensors makes it readable for the owner alone
         config = read_config(base)
         config.pop("dtype", None)
         write_json(place / "config.json", config | {"torch_dtype": str(dtype).removeprefix("torch.")})
