@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import tomli_w
-from tiny import recipe_table, write_pairs
 
 from firefly import api
 from firefly.cli import main
+from tiny import recipe_table, write_pairs
 
 VERBS = ("demo", "prune", "data", "train", "run", "evaluate", "chat", "version")
 GOLDEN = Path(__file__).parent / "golden"
@@ -92,7 +92,10 @@ BAD_SOURCES: dict[str, tuple[bytes | None, str]] = {
     "missing file": (None, "does not exist"),
     "empty file": (b"", "is empty"),
     "bad JSON": (b'{"kind": "K", "input": "a", "target": "b"}\n{"kind": \n', "line 2: not valid JSON"),
-    "invalid UTF-8": (b'{"kind": "K", "input": "a", "target": "b"}\n\xff\xfe\n', "line 2: byte 0 is not valid UTF-8"),
+    "invalid UTF-8": (
+        b'{"kind": "K", "input": "a", "target": "b"}\n\xff\xfe\n',
+        "line 2: byte 0 is not valid UTF-8",
+    ),
     "wrong field": (b'{"kind": "K", "input": "a", "output": "b"}\n', "line 1: field 'target' is missing"),
     "garbage": (os.urandom(64).replace(b"\n", b"") + b"\x80\xff", "line 1"),
 }
@@ -186,7 +189,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_keeps_what_was_there(
-    toml: Callable[..., str], small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    toml: Callable[..., str],
+    small_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Found out before a checkpoint is begun; or, when the check was too hopeful, in the middle of writing it."""
     out = small_disk / "out"
@@ -200,7 +206,9 @@ def test_a_full_disk_keeps_what_was_there(
     assert not list((out / "run").glob("*checkpoint*"))
 
 
-def test_a_full_disk_while_data_is_built(toml: Callable[..., str], small_disk: Path, capsys: Any, tmp_path: Path) -> None:
+def test_a_full_disk_while_data_is_built(
+    toml: Callable[..., str], small_disk: Path, capsys: Any, tmp_path: Path
+) -> None:
     recipe = toml(lambda table: table.update(output_dir=str(small_disk / "out")))
     write_pairs(tmp_path / "pairs.jsonl", 20_000)
     assert "The disk is full" in fails(capsys, "data", recipe)

@@ -9,7 +9,9 @@ import pytest
 from firefly import console, plots
 
 
-def test_a_log_gets_lines_with_rate_and_eta(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_gets_lines_with_rate_and_eta(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     console.quiet(False)
     clock = iter(range(0, 1000, 6))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
@@ -18,7 +20,11 @@ def test_a_log_gets_lines_with_rate_and_eta(capsys: pytest.CaptureFixture[str], 
     said = capsys.readouterr()
     assert said.out == ""
     first, last = said.err.splitlines()
-    assert first.startswith("train: 70/100 steps · ") and "steps/s · ETA 0:" in first and first.endswith("loss 2.5")
+    assert (
+        first.startswith("train: 70/100 steps · ")
+        and "steps/s · ETA 0:" in first
+        and first.endswith("loss 2.5")
+    )
     assert last.startswith("train: 70 steps in ")
 
 

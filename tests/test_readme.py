@@ -35,8 +35,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("line", sorted({line for name in READMES for line in commands(name, "sh") if "firefly" in line}))
-def test_shell_commands_run(line: str, demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "line", sorted({line for name in READMES for line in commands(name, "sh") if "firefly" in line})
+)
+def test_shell_commands_run(
+    line: str, demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(demo)
     with pytest.raises(SystemExit) as stopped:
         main(shlex.split(line)[1:])
@@ -57,7 +61,10 @@ def test_both_say_the_same() -> None:
         for name in READMES
     ]
     assert blocks[0] == blocks[1]
-    figures = [re.findall(r"\d[\d.,%]*\d", re.sub(r"```.*?```", "", (ROOT / name).read_text("utf-8"), flags=re.S)) for name in READMES]
+    figures = [
+        re.findall(r"\d[\d.,%]*\d", re.sub(r"```.*?```", "", (ROOT / name).read_text("utf-8"), flags=re.S))
+        for name in READMES
+    ]
     assert sorted(figures[0]) == sorted(figures[1])
 
 
@@ -83,7 +90,14 @@ def test_the_demo_tells_its_story(demo: Path) -> None:
     assert summary["proof_passed"] is True
     assert (summary["vocab_before"], summary["vocab_after"]) == (16_384, 8192)
     assert summary["params_before"] - summary["params_after"] == 8192 * 256  # the tied matrix, once
-    kinds = {"Couplet", "AncientPoem", "ClassicalChinese", "Dictionary", "SentimentAnalyze", "StoryGeneration"}
+    kinds = {
+        "Couplet",
+        "AncientPoem",
+        "ClassicalChinese",
+        "Dictionary",
+        "SentimentAnalyze",
+        "StoryGeneration",
+    }
     assert set(summary["examples"]) == kinds
     for name in ("bits_per_byte_before", "bits_per_byte_after"):
         assert set(summary[name]) == kinds | {"all"}

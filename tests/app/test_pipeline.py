@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import recipe_table, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from firefly import api
@@ -23,6 +22,7 @@ from firefly.app.pipeline import STAGES, RunResult
 from firefly.errors import OutputError
 from firefly.files import exclusive, sha256_file
 from firefly.recipe import Recipe
+from tiny import recipe_table, write_pairs
 
 Make = Callable[..., Recipe]
 
@@ -103,7 +103,13 @@ def kill_when(recipe: Recipe, seen: Callable[[], bool]) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
-PLACES = {"dataset": "dataset", "prune": "pruned", "tokens": "tokens", "train": "model", "evaluate": "evaluation"}
+PLACES = {
+    "dataset": "dataset",
+    "prune": "pruned",
+    "tokens": "tokens",
+    "train": "model",
+    "evaluate": "evaluation",
+}
 
 
 @pytest.fixture
@@ -119,7 +125,11 @@ def test_sigkill_in_a_stage(make: Make, whole: dict[str, str], stage: str) -> No
     """Killed the moment a stage begins to write, or has just written, and run again."""
     recipe = make("killed", max_steps=12)
     place = recipe.out / PLACES[stage]
-    started = (place, place.with_name(f".{place.name}.partial"), *((recipe.out / "run",) if stage == "train" else ()))
+    started = (
+        place,
+        place.with_name(f".{place.name}.partial"),
+        *((recipe.out / "run",) if stage == "train" else ()),
+    )
     assert kill_when(recipe, lambda: any(path.exists() for path in started))
     api.run(recipe)
     assert contents(recipe.out) == whole

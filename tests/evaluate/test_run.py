@@ -21,7 +21,8 @@ from firefly.data.tokens import encode_dataset
 from firefly.errors import InputError, ModelError
 from firefly.evaluate.report import render as render_page
 from firefly.evaluate.report import rows, text_table
-from firefly.evaluate.run import EvaluateResult, answer_held_out, evaluate, held_out_examples, held_out_scores
+from firefly.evaluate.result import EvaluateResult
+from firefly.evaluate.run import answer_held_out, evaluate, held_out_examples, held_out_scores
 from firefly.model.generate import open_generator
 from firefly.recipe import Recipe
 from tiny import recipe_table, save_model_dir, write_pairs

@@ -10,15 +10,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from firefly.data.tasks import load_tasks
 from firefly.evaluate.forms import FORMS, line_lengths
+from firefly.evaluate.result import EvaluateResult
 from firefly.files import write_atomic
 from firefly.plots import BLUE, GREY, ORANGE, figure, label
-
-if TYPE_CHECKING:
-    from firefly.evaluate.run import EvaluateResult
 
 _COLOURS = (GREY, BLUE, ORANGE)
 

@@ -10,7 +10,7 @@ results.json holds no times or dates: the same models and data give the same byt
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,44 +24,14 @@ from firefly.data.tasks import load_tasks
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import Tokens
 from firefly.errors import InputError
-from firefly.evaluate.metrics import Answered, Scores, score
+from firefly.evaluate.metrics import Answered, score
 from firefly.evaluate.report import text_table, write_report
+from firefly.evaluate.result import EvaluateResult, ModelScores, Sample
 from firefly.files import write_json
 from firefly.model.generate import open_generator
 from firefly.model.load import load_model
 from firefly.model.score import loss_by_kind
 from firefly.recipe import EvaluateSection, GenerationSection, Recipe
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One held-out question, its reference, and the answer of each model by name."""
-
-    kind: str
-    question: str
-    reference: str
-    answers: dict[str, str]
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """What one model reached on held-out data.
-
-    `held_out`: kind (and `all`) → `loss` in nats a token, `bits_per_byte` of the learned text.
-    `answers`: kind → numbers that judge its generated answers, the task's headline first.
-    """
-
-    held_out: dict[str, dict[str, float]]
-    answers: dict[str, Scores]
-
-
-@dataclass(frozen=True)
-class EvaluateResult:
-    """What was measured, by model; JSON-able. `report` is the HTML page."""
-
-    models: dict[str, ModelScores]
-    samples: list[Sample]
-    report: str
 
 
 def evaluate(

@@ -68,7 +68,9 @@ def require_supported(config: dict[str, Any]) -> str:
     """The family of a config.json; raises `ModelError` for one that is not in the table."""
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        raise ModelError(f"The model family '{kind}' is not supported for training; {choices(kind, FAMILIES)}.")
+        raise ModelError(
+            f"The model family '{kind}' is not supported for training; {choices(kind, FAMILIES)}."
+        )
     return kind
 
 
