@@ -24,7 +24,7 @@ from firefly.data.tasks import load_tasks
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import Tokens
 from firefly.errors import InputError
-from firefly.evaluate.metrics import Answered, score
+from firefly.evaluate.metrics import Answered, Scores, score
 from firefly.evaluate.report import text_table, write_report
 from firefly.evaluate.result import EvaluateResult, ModelScores, Sample
 from firefly.files import write_json
