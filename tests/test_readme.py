@@ -36,7 +36,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "line", sorted({line for name in READMES for line in commands(name, "sh") if "firefly" in line})
+    "line", sorted({line for name in READMES for line in commands(name, "sh") if line.startswith("firefly ")})
 )
 def test_shell_commands_run(
     line: str, demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

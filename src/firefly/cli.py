@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -232,6 +233,8 @@ def version(as_json: Json = False, quiet: Quiet = False) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a `FireflyError` becomes one sentence on stderr and exit status 1."""
+    # On a machine that does other work too, threads that wait by spinning cost several times the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(arguments)
     except FireflyError as error:
