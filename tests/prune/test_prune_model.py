@@ -341,15 +341,9 @@ def _absent_shard(base: Path) -> None:
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}', "utf-8")
 
 
-def _unigram(base: Path) -> None:
-    content = json.loads((base / "tokenizer.json").read_text("utf-8"))
-    content["model"] = {
-        "type": "Unigram",
-        "unk_id": 0,
-        "vocab": [["<unk>", 0.0], ["a", -1.0]],
-        "byte_fallback": False,
-    }
-    (base / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+def _word_level(base: Path) -> None:
+    model = {"type": "WordLevel", "unk_token": "<unk>", "vocab": {"<unk>": 0, "a": 1}}
+    _edit_tokenizer(base / "tokenizer.json", lambda content: content.update(model=model))
 
 
 def _hostile(base: Path) -> None:
@@ -394,8 +388,8 @@ def _bias_by_id(base: Path) -> None:
         (_truncated, "not a sound safetensors file"),
         (_outside, "outside its directory"),
         (_absent_shard, "lacks the weight file"),
-        (_unigram, "is a Unigram tokenizer"),
-        (_hostile, "tokenizer broke while loading"),
+        (_word_level, "is a WordLevel tokenizer"),
+        (_hostile, "which is not in the vocabulary"),
         (_renumbered, "has id 606 in the file"),
         (_unknown_model, "does not describe a causal language model"),
         (_few_rows, "only 605 rows"),
@@ -433,7 +427,7 @@ def test_bad_arguments_are_refused(bases: Bases, texts: list[str], tmp_path: Pat
     refused(ModelError, "does not exist", base=tmp_path / "nowhere")
     refused(InputError, "holds no tokens", texts=[])
     refused(InputError, "does not exist", corpus=[tmp_path / "nowhere.txt"])
-    refused(InputError, "holds no .txt", corpus=[tmp_path])
+    refused(InputError, "holds no .csv", corpus=[tmp_path])
     refused(RecipeError, "at least", vocab_size=20)
     refused(RecipeError, "at most", vocab_size=20_000)
     refused(OutputError, "is the base model itself", out=base)
@@ -487,9 +481,9 @@ def test_bad_corpus_lines_are_named(bases: Bases, tmp_path: Path, line: str, sen
     (tmp_path / "bad.jsonl").write_text('{"text": "好"}\n' + line, "utf-8")
     with pytest.raises(InputError, match=sentence):
         prune_model(bases("bloom"), tmp_path / "out", vocab_size=450, corpus=[tmp_path / "bad.jsonl"])
-    (tmp_path / "list.csv").write_text("a", "utf-8")
+    (tmp_path / "list.doc").write_text("a", "utf-8")
     with pytest.raises(InputError, match="unknown kind"):
-        list(corpus_texts([tmp_path / "list.csv"]))
+        list(corpus_texts([tmp_path / "list.doc"]))
 
 
 def test_id_ranges_read_back() -> None:
