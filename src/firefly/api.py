@@ -42,13 +42,21 @@ def prune(
     model: str | Path,
     output: str | Path,
     *,
-    corpus: Sequence[str | Path],
-    vocab_size: int,
+    corpus: Sequence[str | Path] = (),
+    vocab_size: int | None = None,
+    coverage: float | None = None,
+    tokenizer: str | Path | None = None,
     pad_to_multiple: int = 1,
     keep_file: str | Path | None = None,
+    keep_script: Sequence[str] = (),
+    tokenizer_only: bool = False,
     prove_logits: bool = True,
 ) -> PruneResult:
-    """Prune a model's vocabulary to the tokens that a corpus uses, and prove that nothing else changed."""
+    """Prune a model's vocabulary to the tokens that a corpus uses, and prove that nothing else changed.
+
+    Exactly one of `vocab_size`, `coverage` (a share of the corpus' tokens) and `tokenizer` (a directory whose
+    tokens to keep) says how much stays; `tokenizer_only` prunes a directory without its weights.
+    """
     from firefly.model.load import resolve
     from firefly.prune.prune import prune_model
 
@@ -56,9 +64,13 @@ def prune(
         resolve(str(model)),
         Path(output),
         vocab_size=vocab_size,
+        coverage=coverage,
+        tokenizer=Path(tokenizer) if tokenizer else None,
         corpus=[Path(path) for path in corpus],
         pad_to_multiple=pad_to_multiple,
         keep_file=Path(keep_file) if keep_file else None,
+        keep_script=keep_script,
+        tokenizer_only=tokenizer_only,
         prove_logits=prove_logits,
     )
 

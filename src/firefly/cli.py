@@ -82,18 +82,35 @@ def demo(
     epilog=_examples(
         "firefly prune bigscience/bloom-1b7 out/bloom-1b4-zh --corpus zh.txt --corpus en.txt --vocab-size 46145",
         "firefly prune demo:base out/small --corpus poems.jsonl --vocab-size 8000 --pad-to-multiple 64",
+        "firefly prune google/gemma-3-1b-it out/gemma-zh --corpus texts/ --coverage 0.9999 --keep-script Digits",
     )
 )
 def prune(
     model: Annotated[str, typer.Argument(help="A model directory, a hub name, or demo:base.")],
     output: Annotated[Path, typer.Argument(help="The directory to write.")],
     corpus: Annotated[
-        list[Path],
-        typer.Option("--corpus", "-c", help="Text or JSON Lines, file or folder; may be repeated."),
-    ],
-    vocab_size: Annotated[int, typer.Option("--vocab-size", "-n", help="Exact size of the new vocabulary.")],
+        list[Path] | None,
+        typer.Option(
+            "--corpus", "-c", help="Text, JSON (Lines), CSV or Parquet, file or folder; may be repeated."
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", "-n", help="Exact size of the new vocabulary.")
+    ] = None,
+    coverage: Annotated[
+        float | None, typer.Option(help="Or: keep this share of the corpus' tokens, such as 0.9999.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Or: keep the tokens of the tokenizer in this directory.")
+    ] = None,
     pad_to_multiple: Annotated[int, typer.Option(help="Make the size a multiple of this.")] = 1,
     keep_file: Annotated[Path | None, typer.Option(help="Further tokens to keep, one a line.")] = None,
+    keep_script: Annotated[
+        str, typer.Option(help="Keep every token in these scripts, such as Han,Latin,Digits.")
+    ] = "",
+    tokenizer_only: Annotated[
+        bool, typer.Option("--tokenizer-only", help="Leave weights alone; the model may lack them.")
+    ] = False,
     skip_logits_proof: Annotated[
         bool,
         typer.Option("--skip-logits-proof", help="Leave out the part of the proof that runs both models."),
@@ -106,10 +123,14 @@ def prune(
     result = api.prune(
         model,
         output,
-        corpus=corpus,
+        corpus=corpus or [],
         vocab_size=vocab_size,
+        coverage=coverage,
+        tokenizer=tokenizer,
         pad_to_multiple=pad_to_multiple,
         keep_file=keep_file,
+        keep_script=[name for name in keep_script.split(",") if name.strip()],
+        tokenizer_only=tokenizer_only,
         prove_logits=not skip_logits_proof,
     )
     _show(

@@ -166,7 +166,7 @@ def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
                 elif value := _value_at(buffer, at, ended):
                     at, number = value[1], number + 1
                     yield f"record {number}", value[0]
-                elif ended and at < len(buffer) or len(buffer) - at > _LONGEST_RECORD:
+                elif (ended and at < len(buffer)) or len(buffer) - at > _LONGEST_RECORD:
                     raise InputError(f"{path}, record {number + 1}: not valid JSON; mend it or take it out.")
                 elif not ended:  # asking for twice as much keeps the re-reading linear
                     block = stream.read(max(1 << 20, len(buffer) - at))

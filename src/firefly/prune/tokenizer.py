@@ -23,7 +23,9 @@ from firefly.errors import FireflyError, ModelError
 
 Json = dict[str, Any]
 MOST_IDS = 1 << 24  # far above every real vocabulary; an id of 2³²−1 must not allocate 32 GiB
-_PLACEHOLDER = re.compile(r"unused|reserved|place\W*holder|\bdummy|\[control_\d+\]|<SPECIAL_\d+>", re.IGNORECASE)
+_PLACEHOLDER = re.compile(
+    r"[<\[].{0,20}(unused|reserved|place.?holder|dummy|control_\d|special_\d).{0,30}[>\]]", re.IGNORECASE
+)
 
 
 @contextlib.contextmanager
@@ -70,7 +72,9 @@ def load(source: Path | Json) -> Tokenizer:
             f"loads it as {loaded.get(wrong)}; save the tokenizer again with transformers."
         )
     if unknown := referenced_ids(content) - set(expected.values()):
-        raise ModelError(f"{name}: a stage inserts the id {min(unknown)}, which no token has; fetch it again.")
+        raise ModelError(
+            f"{name}: a stage inserts the id {min(unknown)}, which no token has; fetch it again."
+        )
     return tokenizer
 
 
@@ -148,7 +152,7 @@ def vocabulary(content: Json) -> dict[str, int]:
 
 def is_placeholder(token: str) -> bool:
     """Whether a token's name says that its maker reserved it and nothing uses it (`<unused7>`, `[control_9]`)."""
-    return bool(_PLACEHOLDER.search(token))
+    return _PLACEHOLDER.fullmatch(token) is not None
 
 
 def merge_pairs(model: Json) -> Iterator[tuple[str, str]]:
