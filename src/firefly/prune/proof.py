@@ -174,6 +174,7 @@ def prove_tokens(original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.
     a word is derived behind another kept character.
     """
     models = original.model, pruned.model
+    unknown, gives_up = _unknown(original)
     suffix = getattr(models[0], "end_of_word_suffix", None) or ""
     prefix = getattr(models[0], "continuing_subword_prefix", None) or ""
     old_to_new = {int(old_id): new_id for new_id, old_id in enumerate(new_to_old)}
@@ -191,7 +192,7 @@ def prove_tokens(original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.
             with guarded(f"tokenizing {string!r}"):
                 before, after = ([token.id for token in model.tokenize(string)] for model in models)
             inside = [old_to_new.get(token_id, -1) for token_id in before]
-            if -1 in inside:
+            if -1 in inside or (gives_up and unknown in before):
                 continue  # no text reaches this token through its own string
             if inside != after:
                 names = [models[1].id_to_token(token_id) for token_id in after]
@@ -200,6 +201,16 @@ def prove_tokens(original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.
     for model in models if lookup else ():
         model.ignore_merges = True
     return {"tokens_kept": len(new_to_old), "tokens_rederived": len(derived)}
+
+
+def _unknown(original: Tokenizer) -> tuple[int, bool]:
+    """The id of the unknown token (−1: none), and whether one stands for a whole word, as WordPiece has it."""
+    kind = type(original.model).__name__
+    if kind == "Unigram":  # its state alone tells
+        place = json.loads(original.model.__getstate__())["unk_id"]
+    else:
+        place = original.token_to_id(original.model.unk_token or "")
+    return -1 if place is None else place, kind == "WordPiece"
 
 
 def made_up_texts(
@@ -246,10 +257,7 @@ def prove_texts(
     What decoding may lose is only what was already unknown to the original. A WordPiece model gives up on a
     whole word at its first dead end, so a word unknown to it may become readable with fewer tokens.
     """
-    unknown = original.token_to_id(str(getattr(original.model, "unk_token", None) or ""))
-    if (place := getattr(original.model, "unk_id", None)) is not None:
-        unknown = place
-    gives_up = type(original.model).__name__ == "WordPiece"
+    unknown, gives_up = _unknown(original)
     old_to_new = np.full(max(original.get_vocab().values()) + 1, -1, dtype=np.int64)
     old_to_new[new_to_old] = np.arange(len(new_to_old))
     num_texts = num_inside = num_lossless = num_lossy = 0

@@ -245,7 +245,7 @@ def _rebuild_bpe(model: Json, old_to_new: Mapping[int, int]) -> Json:
 
 def _rebuild_unigram(model: Json, old_to_new: Mapping[int, int]) -> Json:
     """Unigram: the kept [token, score] pairs, whose places are their ids."""
-    kept = [piece for old, piece in enumerate(model["vocab"]) if old in old_to_new]
+    kept = [list(piece) for old, piece in enumerate(model["vocab"]) if old in old_to_new]
     unknown = model.get("unk_id")
     return {**model, "vocab": kept, "unk_id": None if unknown is None else old_to_new[unknown]}
 
