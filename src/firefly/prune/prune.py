@@ -20,8 +20,10 @@ from firefly.console import say, warn
 from firefly.errors import InputError, ModelError, OutputError, RecipeError
 from firefly.files import directory_atomic, read_lines, require_disk, sha256_file, write_json
 from firefly.prune import companions, weights
+from firefly.prune.copying import WeightsCopy
 from firefly.prune.counting import corpus_texts, count_tokens
 from firefly.prune.layout import find_layout
+from firefly.prune.opening import Opener
 from firefly.prune.proof import prove, prove_tokenizer
 from firefly.prune.scripts import ids_in_scripts, script, token_texts
 from firefly.prune.tokenizer import added_tokens, guarded, load, read, rebuild, vocabulary
@@ -99,9 +101,13 @@ def prune_model(
     content = read(base / "tokenizer.json")
     original = load(content)
     tokens = vocabulary(content)
-    rows, files = len(tokens), []
+    files: list[Path] = []
+    layout = None
     if not tokenizer_only:
-        rows, files = _rows_and_files(base, max(tokens.values()))
+        files = weights.shards(base)
+        layout = find_layout(base, files)
+        _require_rows(base, layout.num_rows, max(tokens.values()))
+    rows = layout.num_rows if layout else len(tokens)
 
     sample = _Sample()
     counts = _count(original, sample, [Path(path) for path in corpus], texts)
@@ -125,16 +131,31 @@ def prune_model(
     bytes_before = sum(path.stat().st_size for path in files)
     require_disk(out, bytes_before)
     with directory_atomic(out) as place:
-        write_json(place / "tokenizer.json", rebuild(content, new_to_old))
-        companions.write(base, place, old_to_new, len(new_to_old))
+
+        def write_small_files() -> None:
+            write_json(place / "tokenizer.json", rebuild(content, new_to_old))
+            companions.write(base, place, old_to_new, len(new_to_old))
+
         params_before = params_after = 0
         if tokenizer_only:
-            proof = prove_tokenizer(base, place, new_to_old, sample.texts)
+            write_small_files()
+            proof = prove_tokenizer(base, place, new_to_old, sample.texts, original=(content, original))
         else:
-            layout = find_layout(base, files)
+            assert layout is not None
             params_before, params_after = layout.params, layout.params_with(len(new_to_old))
-            weights.select_rows(files, place, layout.names, new_to_old)
-            proof = prove(base, place, new_to_old, layout.names, sample.texts, prove_logits)
+            with WeightsCopy(files, place, layout.names, new_to_old) as copy, Opener() as opener:
+                write_small_files()
+                proof = prove(
+                    base,
+                    place,
+                    new_to_old,
+                    layout.names,
+                    sample.texts,
+                    prove_logits,
+                    original=(content, original),
+                    opener=opener,
+                    copy=copy,
+                )
         inside = counts[new_to_old[new_to_old < len(counts)]].sum()
         result = PruneResult(
             output=str(out),
@@ -190,18 +211,13 @@ def _check_arguments(
         raise RecipeError(f"--pad-to-multiple is {pad_to_multiple}; choose 1 or more.")
 
 
-def _rows_and_files(base: Path, last_id: int) -> tuple[int, list[Path]]:
-    """The embedding's rows and the weight files, checked to belong to the tokenizer."""
-    files = weights.shards(base)
-    for path in files:
-        weights.read_header(path)
-    rows = find_layout(base, files).num_rows
+def _require_rows(base: Path, rows: int, last_id: int) -> None:
+    """Raise unless the embedding has a row for every token."""
     if last_id >= rows:
         raise ModelError(
             f"{base}: tokenizer.json has the id {last_id:,}, and the embeddings have only {rows:,} rows; "
             "the two do not belong together."
         )
-    return rows, files
 
 
 def _count(

@@ -171,7 +171,8 @@ def unknown_id(content: Json) -> int | None:
     """The id that stands for what the vocabulary cannot write, if the model has one."""
     model = content["model"]
     if isinstance(model["vocab"], list):
-        return model.get("unk_id")
+        unknown: int | None = model.get("unk_id")
+        return unknown
     return model_vocabulary(model).get(model.get("unk_token") or "")
 
 
@@ -213,7 +214,7 @@ def rebuild(content: Json, new_to_old: NDArray[np.int64]) -> Json:
     return result
 
 
-def map_stage_ids(stage: Any, change: Callable[[int], int | None]) -> None:
+def map_stage_ids(stage: Any, change: Callable[[int], Any]) -> None:
     """Apply `change` to every token id inside a post-processor, in place (where it returns a new id)."""
     if not isinstance(stage, dict):
         return
@@ -326,9 +327,9 @@ def _check_ids(content: Json) -> None:
     tokens = vocabulary(content)
     if not tokens:
         raise _Damaged("the vocabulary is empty")
-    for token, token_id in tokens.items():
+    for name, token_id in tokens.items():
         if not _is_id(token_id):
-            raise _Damaged(f"the token {token!r} has the id {token_id!r}, which no real vocabulary reaches")
+            raise _Damaged(f"the token {name!r} has the id {token_id!r}, which no real vocabulary reaches")
     if len(set(tokens.values())) < len(tokens):
         raise _Damaged("two tokens share one id")
 
