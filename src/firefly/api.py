@@ -57,7 +57,7 @@ def prune(
     Exactly one of `vocab_size`, `coverage` (a share of the corpus' tokens) and `tokenizer` (a directory whose
     tokens to keep) says how much stays; `tokenizer_only` prunes a directory without its weights.
     """
-    from firefly.model.load import resolve
+    from firefly.model.hub import resolve
     from firefly.prune.prune import prune_model
 
     return prune_model(
@@ -116,7 +116,7 @@ def chat(
     """Talk with a model in the terminal, or answer one prompt; the answers stream to `out`, or else to stdout."""
     from firefly.app.chat import chat as talk
     from firefly.app.chat import model_directory
-    from firefly.model.load import resolve
+    from firefly.model.hub import resolve
 
     directory = model_directory(resolve(str(model)))
     return talk(directory, options or GenerationSection(), prompt=prompt, system=system, out=out)

@@ -196,7 +196,7 @@ def parameters_on_meta(dtype: Any) -> Iterator[None]:
         register(self, name, param)
 
     torch.set_default_dtype(dtype)
-    torch.nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:
         yield
     finally:

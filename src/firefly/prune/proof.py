@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from firefly.console import progress
+from firefly.prune.copying import WeightsCopy
 from firefly.prune.counting import batches
 from firefly.prune.logits import prove_logits
+from firefly.prune.opening import Opener
 from firefly.prune.proof_weights import failed, prove_configs, prove_opening, prove_weights
 from firefly.prune.scripts import script
 from firefly.prune.tokenizer import (
@@ -64,6 +66,10 @@ def prove(
     names: frozenset[str],
     texts: list[str],
     logits: bool = True,
+    *,
+    original: tuple[Json, Tokenizer] | None = None,
+    opener: Opener | None = None,
+    copy: WeightsCopy | None = None,
 ) -> dict[str, Any]:
     """Run every check on the model directories `base` and `pruned`; returns what was proven, JSON-able.
 
@@ -71,13 +77,15 @@ def prove(
         new_to_old: old id of each new id, [K].
         names: the tensors with vocabulary rows, as the weight files spell them.
         texts: a sample of the corpus.
-        logits: also run both models in float32 (memory: four bytes a parameter, one model at a time).
+        logits: also run both models in float32 (see `prove_logits` for the memory).
+        original: the base's tokenizer, parsed and loaded, where the caller has it.
+        opener, copy: where transformers is made ready, and where the weights are being written and proven.
     """
     return {
-        **prove_tokenizer(base, pruned, new_to_old, texts),
-        **prove_opening(base, pruned, new_to_old, texts[:_AUTO_TEXTS]),
+        **prove_tokenizer(base, pruned, new_to_old, texts, original=original),
+        **prove_opening(base, pruned, new_to_old, texts[:_AUTO_TEXTS], opener),
         **prove_configs(base, pruned, new_to_old),
-        **prove_weights(base, pruned, new_to_old, names),
+        **(copy.proof() if copy else prove_weights(base, pruned, new_to_old, names)),
         **(prove_logits(base, pruned, new_to_old) if logits else {"logits": "skipped"}),
     }
 
@@ -88,20 +96,23 @@ def prove_tokenizer(
     new_to_old: NDArray[np.int64],
     texts: list[str],
     generated: int = _GENERATED_TEXTS,
+    *,
+    original: tuple[Json, Tokenizer] | None = None,
 ) -> dict[str, Any]:
     """Every check that needs only the two tokenizer.json files; `generated` texts are made up inside K."""
-    old, new = read(base / "tokenizer.json"), read(pruned / "tokenizer.json")
+    old = original[0] if original else read(base / "tokenizer.json")
+    new = read(pruned / "tokenizer.json")
     prove_stages(old, new, new_to_old)
-    original, restricted = load(old), load(new)
-    derived = prove_tokens(original, restricted, new_to_old)
-    made = prove_texts(original, restricted, new_to_old, made_up_texts(original, new_to_old, generated))
-    prove_texts(original, restricted, new_to_old, PROBES)
+    whole, restricted = original[1] if original else load(old), load(new)
+    derived = prove_tokens(whole, restricted, new_to_old)
+    made = prove_texts(whole, restricted, new_to_old, made_up_texts(whole, new_to_old, generated))
+    prove_texts(whole, restricted, new_to_old, PROBES)
     return {
         **derived,
-        **prove_texts(original, restricted, new_to_old, texts),
+        **prove_texts(whole, restricted, new_to_old, texts),
         "made_up_texts_checked": made["documents_checked"],
         "made_up_texts_inside": made["documents_inside"],
-        "tokens_per_character": tokens_per_character(original, restricted, texts),
+        "tokens_per_character": tokens_per_character(whole, restricted, texts),
     }
 
 

@@ -8,6 +8,7 @@ and works on every system.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -204,7 +205,7 @@ def select_rows(
 class _Sink:
     """Writes all of each block, and asks the system to begin writing to the disk long before the closing fsync."""
 
-    def __init__(self, writer: BinaryIO | Any) -> None:
+    def __init__(self, writer: io.FileIO) -> None:
         self.writer, self.done, self.flushed = writer, 0, 0
 
     def write(self, block: memoryview) -> None:
@@ -229,7 +230,7 @@ def byte_ranges(tensor: Tensor, rows: NDArray[np.int64] | None) -> Iterator[tupl
     yield from zip(firsts.tolist(), lasts.tolist(), strict=True)
 
 
-def blocks(reader: BinaryIO | Any, ranges: Iterator[tuple[int, int]]) -> Iterator[memoryview]:
+def blocks(reader: io.FileIO, ranges: Iterator[tuple[int, int]]) -> Iterator[memoryview]:
     """The bytes of `ranges` of an unbuffered file, joined into blocks; each is valid until the next is asked for."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
     filled = 0
