@@ -16,8 +16,18 @@ from firefly.prune.vocabulary import base_symbols, choose, closure
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 CORPUS = ["zh_modern_misc", "en_modern", "zh_wikipedia_passages", "other_languages"]
-FAST = ["qwen3", "llama3", "gpt2", "t5_small", "bert_base_cased"]
-SLOW = ["gemma3", "llama2", "mistral03", "deepseek_v3", "gptoss", "clip_base", "barthez", "nmt_unigram_zh"]
+FAST = ["llama3", "gpt2", "t5_small", "bert_base_cased"]
+SLOW = [
+    "qwen3",
+    "gemma3",
+    "llama2",
+    "mistral03",
+    "deepseek_v3",
+    "gptoss",
+    "clip_base",
+    "barthez",
+    "nmt_unigram_zh",
+]
 
 
 def sample(name: str, start: int, count: int) -> list[str]:
@@ -60,7 +70,7 @@ def check(name: str, num_counted: int, num_held_out: int, num_made_up: int) -> N
 
 @pytest.mark.parametrize("name", FAST)
 def test_real_tokenizers_keep_their_tokens(name: str) -> None:
-    check(name, 300, 100, 3000)
+    check(name, 200, 50, 2000)
 
 
 @pytest.mark.nightly

@@ -14,6 +14,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def count_tokens(tokenizer: Tokenizer, texts: Iterable[str], total: int | None =
         for batch in batches(texts):
             with guarded("tokenizing the corpus"):
                 encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-            ids = np.concatenate([np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings])
+            ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), dtype=np.int64)
             counts += np.bincount(ids, minlength=size)
             bar.advance(len(batch))
     return counts
