@@ -71,7 +71,6 @@ def check(folder: Path, counted: list[str], others: list[str], num_made_up: int)
         "made_up_identical": num_inside,
         "made_up": made,
         "other_texts": outside["documents_checked"],
-        "lossy": 0,  # prove_texts raises at the first
         "unknown_before_too": outside["documents_outside_unknown_before_too"],
         "characters": sum(map(len, counted)),
         "prune_s": round(pruned_s, 1),
