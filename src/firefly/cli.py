@@ -138,7 +138,8 @@ def prune(
         as_json,
         lambda done: [
             f"{done.output}: {done.vocab_before:,} → {done.vocab_after:,} tokens, "
-            f"{done.params_before:,} → {done.params_after:,} parameters; proof in prune.json"
+            + (f"{done.params_before:,} → {done.params_after:,} parameters; " if done.params_before else "")
+            + "proof in prune.json"
         ],
     )
 

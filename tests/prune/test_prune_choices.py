@@ -61,7 +61,7 @@ def test_coverage_grows_to_the_multiple(content: Content, texts: list[str]) -> N
 def test_reserved_and_unused_added_tokens_go_and_are_listed(base: Path, texts: list[str]) -> None:
     content = read(base / "tokenizer.json")
     for place, (token, special) in enumerate(
-        [("<unused0>", False), ("<|reserved_1|>", True), ("<keep>", True)]
+        [("<unused0>", False), ("<|reserved_1|>", True), ("<keep>", True), ("<mask>", False)]
     ):
         entry = {**content["added_tokens"][-1], "id": 606 + place, "content": token, "special": special}
         content["added_tokens"].append(entry)
@@ -70,7 +70,7 @@ def test_reserved_and_unused_added_tokens_go_and_are_listed(base: Path, texts: l
     result = pruned(base, vocab_size=600, texts=texts)
     assert result.dropped_added_tokens == ["<unused>", "<unused0>", "<|reserved_1|>"]
     kept = vocabulary(read(base.parent / "out" / "tokenizer.json"))
-    assert {"<think>", "<keep>", "<s>"} <= kept.keys()
+    assert {"<think>", "<keep>", "<s>", "<mask>"} <= kept.keys()
     assert json.loads((base.parent / "out" / "prune.json").read_text("utf-8"))["dropped_added_tokens"]
     (base / "tokenizer_config.json").write_text('{"eos_token": "<|reserved_1|>"}', "utf-8")
     assert "<|reserved_1|>" not in pruned(base, vocab_size=600, texts=texts).dropped_added_tokens

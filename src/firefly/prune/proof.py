@@ -39,7 +39,7 @@ from firefly.prune.tokenizer import (
     vocabulary,
 )
 
-_AUTO_TEXTS = 200
+AUTO_TEXTS = 200
 _GENERATED_TEXTS = 5000
 _LONGEST_GENERATED_TOKENS = 8
 _SCRIPT_TEXTS = 2000
@@ -83,7 +83,7 @@ def prove(
     """
     return {
         **prove_tokenizer(base, pruned, new_to_old, texts, original=original),
-        **prove_opening(base, pruned, new_to_old, texts[:_AUTO_TEXTS], opener),
+        **prove_opening(base, pruned, new_to_old, texts[:AUTO_TEXTS], opener),
         **prove_configs(base, pruned, new_to_old),
         **(copy.proof() if copy else prove_weights(base, pruned, new_to_old, names)),
         **(prove_logits(base, pruned, new_to_old) if logits else {"logits": "skipped"}),
@@ -269,7 +269,8 @@ def prove_texts(
     whole word at its first dead end, so a word unknown to it may become readable with fewer tokens.
     """
     unknown, gives_up = _unknown(original)
-    old_to_new = np.full(max(original.get_vocab().values()) + 1, -1, dtype=np.int64)
+    beyond = int(new_to_old.max()) + 1  # stands for every higher id
+    old_to_new = np.full(beyond + 1, -1, dtype=np.int64)
     old_to_new[new_to_old] = np.arange(len(new_to_old))
     num_texts = num_inside = num_lossless = num_lossy = 0
     total = len(texts) if isinstance(texts, list) else None
@@ -284,7 +285,7 @@ def prove_texts(
                 ]
             outside: list[int] = []
             for place, (old_ids, new_ids) in enumerate(zip(before, after, strict=True)):
-                expected = old_to_new[np.asarray(old_ids, dtype=np.int64)]
+                expected = old_to_new[np.minimum(np.asarray(old_ids, dtype=np.int64), beyond)]
                 if expected.tolist() == new_ids:
                     continue
                 if (expected < 0).any() or (gives_up and unknown in old_ids):

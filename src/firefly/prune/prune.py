@@ -6,6 +6,8 @@ prove the result, and only then give it its name. The same inputs give the same 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +26,8 @@ from firefly.prune.copying import WeightsCopy
 from firefly.prune.counting import corpus_texts, count_tokens
 from firefly.prune.layout import find_layout
 from firefly.prune.opening import Opener
-from firefly.prune.proof import prove, prove_tokenizer
+from firefly.prune.proof import AUTO_TEXTS, prove, prove_tokenizer
+from firefly.prune.proof_weights import prove_opening
 from firefly.prune.scripts import ids_in_scripts, script, token_texts
 from firefly.prune.tokenizer import added_tokens, guarded, load, read, rebuild, vocabulary
 from firefly.prune.vocabulary import choose
@@ -60,6 +63,19 @@ class PruneResult:
         return asdict(self)
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Vocabularies are millions of objects without a cycle; looking for cycles in them costs seconds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def prune_model(
     base: Path,
     out: Path,
@@ -140,6 +156,8 @@ def prune_model(
         if tokenizer_only:
             write_small_files()
             proof = prove_tokenizer(base, place, new_to_old, sample.texts, original=(content, original))
+            if (base / "tokenizer_config.json").is_file():  # without it, transformers cannot tell the class
+                proof |= prove_opening(base, place, new_to_old, sample.texts[:AUTO_TEXTS])
         else:
             assert layout is not None
             params_before, params_after = layout.params, layout.params_with(len(new_to_old))
@@ -186,9 +204,11 @@ def prune_model(
         write_json(
             place / "prune.json", {**record, "source_sha256": source, "new_to_old": id_ranges(new_to_old)}
         )
+    parameters = "" if tokenizer_only else f" {params_before:,} → {params_after:,} parameters,"
+    checked = "tokenizer" if tokenizer_only else f"{proof['logits']} logits"
     say(
-        f"prune: {rows:,} → {len(new_to_old):,} tokens, {params_before:,} → {params_after:,} parameters, "
-        f"{result.coverage:.2%} of the corpus kept as it was; proof passed ({proof.get('logits', 'no')} logits)"
+        f"prune: {rows:,} → {len(new_to_old):,} tokens,{parameters} {result.coverage:.2%} of the corpus kept as it "
+        f"was; proof passed ({checked})"
     )
     if keep.dropped_added:
         say(

@@ -26,6 +26,8 @@ MOST_IDS = 1 << 24  # far above every real vocabulary; an id of 2³²−1 must n
 _PLACEHOLDER = re.compile(
     r"[<\[].{0,20}(unused|reserved|place.?holder|dummy|control_\d|special_\d).{0,30}[>\]]", re.IGNORECASE
 )
+# Some of transformers' tokenizer classes add these of their own accord where they are lacking.
+_CLASS_DEFAULT = re.compile(r"[<\[]\|?(mask|pad|unk|bos|eos|cls|sep|/?s)\|?[>\]]", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -181,7 +183,8 @@ def referenced_ids(content: Json) -> set[int]:
     ids = {
         token["id"]
         for token in added_tokens(content)
-        if token["special"] and not is_placeholder(token["content"])
+        if _CLASS_DEFAULT.fullmatch(token["content"])
+        or (token["special"] and not is_placeholder(token["content"]))
     }
     if (unknown := unknown_id(content)) is not None:
         ids.add(unknown)
