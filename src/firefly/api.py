@@ -24,9 +24,21 @@ if TYPE_CHECKING:  # the functions import what they need, so that `firefly --hel
     from firefly.app.chat import ChatResult
     from firefly.app.demo import DemoResult
     from firefly.app.pipeline import RunResult
+    from firefly.prune.layout import SizeTable
     from firefly.prune.prune import PruneResult
 
-__all__ = ["VersionResult", "chat", "data", "demo", "evaluate", "prune", "run", "train", "version"]
+__all__ = [
+    "VersionResult",
+    "chat",
+    "data",
+    "demo",
+    "evaluate",
+    "prune",
+    "prune_sizes",
+    "run",
+    "train",
+    "version",
+]
 
 RecipeLike = Recipe | str | Path
 
@@ -73,6 +85,14 @@ def prune(
         tokenizer_only=tokenizer_only,
         prove_logits=prove_logits,
     )
+
+
+def prune_sizes(model: str | Path, *, vocab_size: int, pad_to_multiple: int = 1) -> SizeTable:
+    """Tell what pruning to `vocab_size` tokens would make of a model's size; a config.json alone is enough."""
+    from firefly.model.hub import resolve
+    from firefly.prune.layout import dry_run
+
+    return dry_run(resolve(str(model)), vocab_size, pad_to_multiple)
 
 
 def data(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:

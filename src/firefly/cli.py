@@ -78,16 +78,35 @@ def demo(
     _show(result, as_json, lambda done: [f"summary: {done.output}/summary.json"])
 
 
+def _size_lines(table: Any) -> list[str]:
+    counts = [
+        ("", "before", "after", "", "LLMPruner's count"),
+        ("tokens", f"{table.vocab_before:,}", f"{table.vocab_after:,}", "", ""),
+        (
+            "parameters",
+            f"{table.params_before:,}",
+            f"{table.params_after:,}",
+            f"{table.percent:.2f} %",
+            f"{table.llmpruner_params_after:,} = {table.llmpruner_percent:.2f} %",
+        ),
+        ("bytes", f"{table.bytes_before:,}", f"{table.bytes_after:,}", "", ""),
+    ]
+    return [
+        f"{name:10} {old:>16} {new:>16} {share:>8}  {peer}".rstrip() for name, old, new, share, peer in counts
+    ]
+
+
 @app.command(
     epilog=_examples(
         "firefly prune bigscience/bloom-1b7 out/bloom-1b4-zh --corpus zh.txt --corpus en.txt --vocab-size 46145",
         "firefly prune demo:base out/small --corpus poems.jsonl --vocab-size 8000 --pad-to-multiple 64",
+        "firefly prune bigscience/bloom-1b7 --dry-run --vocab-size 46145",
         "firefly prune google/gemma-3-1b-it out/gemma-zh --corpus texts/ --coverage 0.9999 --keep-script Digits",
     )
 )
 def prune(
     model: Annotated[str, typer.Argument(help="A model directory, a hub name, or demo:base.")],
-    output: Annotated[Path, typer.Argument(help="The directory to write.")],
+    output: Annotated[Path | None, typer.Argument(help="The directory to write.", show_default=False)] = None,
     corpus: Annotated[
         list[Path] | None,
         typer.Option(
@@ -111,6 +130,9 @@ def prune(
     tokenizer_only: Annotated[
         bool, typer.Option("--tokenizer-only", help="Leave weights alone; the model may lack them.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell the sizes for --vocab-size; config.json is enough.")
+    ] = False,
     skip_logits_proof: Annotated[
         bool,
         typer.Option("--skip-logits-proof", help="Leave out the part of the proof that runs both models."),
@@ -120,6 +142,14 @@ def prune(
 ) -> None:
     """Prune a vocabulary to the tokens a corpus uses, exactly, and prove it."""
     console.quiet(quiet)
+    if dry_run:
+        if vocab_size is None:
+            raise typer.BadParameter("--dry-run needs --vocab-size.")
+        table = api.prune_sizes(model, vocab_size=vocab_size, pad_to_multiple=pad_to_multiple)
+        _show(table, as_json, _size_lines)
+        return
+    if output is None:
+        raise typer.BadParameter("Missing argument 'OUTPUT', the directory to write.")
     result = api.prune(
         model,
         output,

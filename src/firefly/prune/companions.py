@@ -78,9 +78,9 @@ def write(base: Path, out: Path, old_to_new: Mapping[int, int], vocab_size: int)
             content = _remap(read_json(base / name), old_to_new, base / name)
             if name == "config.json":
                 inner = content.get("text_config")
-                (inner if isinstance(inner, dict) and "vocab_size" in inner else content)["vocab_size"] = (
-                    vocab_size
-                )
+                parts = [content, inner] if isinstance(inner, dict) else [content]
+                for part in [one for one in parts if isinstance(one.get("vocab_size"), int)] or parts[-1:]:
+                    part["vocab_size"] = vocab_size
             write_json(out / name, content)
     if (base / "tokenizer_config.json").is_file():
         content = read_json(base / "tokenizer_config.json")

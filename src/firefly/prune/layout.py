@@ -325,7 +325,7 @@ def model_class(config: Any) -> Any:
     for name in config.architectures or []:
         named: Any = getattr(transformers, name, None)
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-            if isinstance(config, named.config_class):
+            if isinstance(config, named.config_class):  # type: ignore[attr-defined]
                 return named
             raise ModelError(f"config.json names {name} and describes a {config.model_type}; fetch it again.")
         raise ModelError(f"config.json names the architecture {name}, which transformers does not know.")

@@ -1,6 +1,6 @@
 """A finished directory opened by plain transformers, beside the other work.
 
-Importing transformers takes two seconds and a quarter of a GB, so a child process begins with it when pruning
+Importing transformers takes a second or two, so a child process begins with it when pruning
 begins, and answers when there is something to open; where transformers is in memory already, no child starts.
 The child runs this very file, so it imports nothing of firefly.
 """
@@ -81,7 +81,9 @@ def _serve() -> None:
     """Answer requests, one JSON line each; whatever transformers prints does not get between them."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    import transformers  # noqa: F401
+    # Tokenizers need no torch, and transformers does without one that is not there: half the time and memory.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     from transformers import AutoTokenizer  # noqa: F401
 
     for line in sys.stdin:

@@ -74,13 +74,17 @@ def prove_configs(base: Path, pruned: Path, new_to_old: NDArray[np.int64]) -> di
             raise failed(f"{name} is in one directory only")
         if (base / name).is_file():
             old, new = (json.loads((place / name).read_bytes()) for place in (base, pruned))
-            num_ids += _prove_config(name, old, new, new_to_old)
+            num_ids += _prove_config(name, old, new, new_to_old, sized=name == "config.json")
     return {"config_ids": num_ids}
 
 
-def _prove_config(where: str, old: Any, new: Any, new_to_old: NDArray[np.int64]) -> int:
-    """Compare two JSON objects; returns how many fields hold ids."""
+def _prove_config(where: str, old: Any, new: Any, new_to_old: NDArray[np.int64], sized: bool) -> int:
+    """Compare two JSON objects; `sized`: this one tells the vocabulary's size. Returns how many fields hold ids."""
     num_ids, known = 0, set(new_to_old.tolist())
+    if sized and isinstance(size := new.get("vocab_size"), int):
+        if size != len(new_to_old):
+            raise failed(f"{where}: vocab_size is {size}, not {len(new_to_old)}")
+        old, new = ({key: value for key, value in one.items() if key != "vocab_size"} for one in (old, new))
     if old.keys() != new.keys():
         raise failed(f"{where} has other fields: {', '.join(sorted(old.keys() ^ new.keys()))}")
     for key, value in old.items():
@@ -94,10 +98,7 @@ def _prove_config(where: str, old: Any, new: Any, new_to_old: NDArray[np.int64])
                 raise failed(f"{field} is {new[key]}, which names other tokens than {value} did")
             num_ids += 1
         elif isinstance(value, dict) and isinstance(new[key], dict):
-            num_ids += _prove_config(f"{where}: {key}", value, new[key], new_to_old)
-        elif key == "vocab_size" and new[key] != value:
-            if new[key] != len(new_to_old):
-                raise failed(f"{field} is {new[key]}, not {len(new_to_old)}")
+            num_ids += _prove_config(field, value, new[key], new_to_old, sized and key == "text_config")
         elif value != new[key]:
             raise failed(f"{field} is {new[key]!r}, not {value!r}")
     return num_ids
