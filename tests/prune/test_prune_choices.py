@@ -131,6 +131,7 @@ def test_another_tokenizers_tokens_are_kept_with_their_closure(base: Path, tmp_p
     )
     assert kept == set(given) | set(derivation.closure(deep)) | {600, 601, 602, 603}
     assert result.not_in_base == ["全新"] and result.coverage == 1.0
+    assert result.closure_size == len(kept) - len(given) > 4
     smaller["model"]["vocab"] = {f"other{place}": place for place in range(300)}
     (tmp_path / "smaller" / "tokenizer.json").write_text(json.dumps(smaller), "utf-8")
     with pytest.raises(InputError, match="lacks 300 of its 300 tokens"):

@@ -47,7 +47,7 @@ class PruneResult:
     params_after: int
     bytes_before: int  # of the weight files
     bytes_after: int
-    closure_size: int  # tokens kept only as intermediates
+    closure_size: int  # tokens kept only as intermediates; with a given tokenizer, all that it lacked
     kept: dict[str, int]  # kept tokens by reason
     coverage: float  # share of the corpus' tokens that lie in the keep-set; 1 without a corpus
     scripts: dict[str, list[int]]  # tokens before and after, by script
@@ -136,12 +136,13 @@ def prune_model(
     wanted |= ids_in_scripts(original, sorted(tokens.values()), keep_script)
     if keep_file is not None:
         wanted |= _wanted_ids(original, tokens, Path(keep_file))
+    given: set[int] = set()
     not_in_base: list[str] = []
     if tokenizer is not None:
         given, not_in_base = _tokens_of(Path(tokenizer), tokens)
-        wanted |= given
-    keep = choose(content, counts, vocab_size, wanted, pad_to_multiple, coverage)
+    keep = choose(content, counts, vocab_size, wanted | given, pad_to_multiple, coverage)
     new_to_old = keep.new_to_old
+    closure_size = len(set(new_to_old.tolist()) - given) if given else keep.num_closure
     old_to_new = {int(old): new for new, old in enumerate(new_to_old)}
 
     bytes_before = sum(path.stat().st_size for path in files)
@@ -183,7 +184,7 @@ def prune_model(
             params_after=params_after,
             bytes_before=bytes_before,
             bytes_after=sum((place / path.name).stat().st_size for path in files),
-            closure_size=keep.num_closure,
+            closure_size=closure_size,
             kept=keep.statistics,
             coverage=float(inside / counts.sum()) if counts.sum() else 1.0,
             scripts=_scripts(original, sorted(tokens.values()), old_to_new),
