@@ -24,9 +24,21 @@ if TYPE_CHECKING:  # the functions import what they need, so that `firefly --hel
     from firefly.app.chat import ChatResult
     from firefly.app.demo import DemoResult
     from firefly.app.pipeline import RunResult
+    from firefly.prune.layout import SizeTable
     from firefly.prune.prune import PruneResult
 
-__all__ = ["VersionResult", "chat", "data", "demo", "evaluate", "prune", "run", "train", "version"]
+__all__ = [
+    "VersionResult",
+    "chat",
+    "data",
+    "demo",
+    "evaluate",
+    "prune",
+    "prune_sizes",
+    "run",
+    "train",
+    "version",
+]
 
 RecipeLike = Recipe | str | Path
 
@@ -42,25 +54,45 @@ def prune(
     model: str | Path,
     output: str | Path,
     *,
-    corpus: Sequence[str | Path],
-    vocab_size: int,
+    corpus: Sequence[str | Path] = (),
+    vocab_size: int | None = None,
+    coverage: float | None = None,
+    tokenizer: str | Path | None = None,
     pad_to_multiple: int = 1,
     keep_file: str | Path | None = None,
+    keep_script: Sequence[str] = (),
+    tokenizer_only: bool = False,
     prove_logits: bool = True,
 ) -> PruneResult:
-    """Prune a model's vocabulary to the tokens that a corpus uses, and prove that nothing else changed."""
-    from firefly.model.load import resolve
+    """Prune a model's vocabulary to the tokens that a corpus uses, and prove that nothing else changed.
+
+    Exactly one of `vocab_size`, `coverage` (a share of the corpus' tokens) and `tokenizer` (a directory whose
+    tokens to keep) says how much stays; `tokenizer_only` prunes a directory without its weights.
+    """
+    from firefly.model.hub import resolve
     from firefly.prune.prune import prune_model
 
     return prune_model(
         resolve(str(model)),
         Path(output),
         vocab_size=vocab_size,
+        coverage=coverage,
+        tokenizer=Path(tokenizer) if tokenizer else None,
         corpus=[Path(path) for path in corpus],
         pad_to_multiple=pad_to_multiple,
         keep_file=Path(keep_file) if keep_file else None,
+        keep_script=keep_script,
+        tokenizer_only=tokenizer_only,
         prove_logits=prove_logits,
     )
+
+
+def prune_sizes(model: str | Path, *, vocab_size: int, pad_to_multiple: int = 1) -> SizeTable:
+    """Tell what pruning to `vocab_size` tokens would make of a model's size; a config.json alone is enough."""
+    from firefly.model.hub import resolve
+    from firefly.prune.layout import dry_run
+
+    return dry_run(resolve(str(model)), vocab_size, pad_to_multiple)
 
 
 def data(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:
@@ -104,7 +136,7 @@ def chat(
     """Talk with a model in the terminal, or answer one prompt; the answers stream to `out`, or else to stdout."""
     from firefly.app.chat import chat as talk
     from firefly.app.chat import model_directory
-    from firefly.model.load import resolve
+    from firefly.model.hub import resolve
 
     directory = model_directory(resolve(str(model)))
     return talk(directory, options or GenerationSection(), prompt=prompt, system=system, out=out)

@@ -79,22 +79,61 @@ def demo(
     _show(result, as_json, lambda done: [f"summary: {done.output}/summary.json"])
 
 
+def _size_lines(table: Any) -> list[str]:
+    counts = [
+        ("", "before", "after", "", "LLMPruner's count"),
+        ("tokens", f"{table.vocab_before:,}", f"{table.vocab_after:,}", "", ""),
+        (
+            "parameters",
+            f"{table.params_before:,}",
+            f"{table.params_after:,}",
+            f"{table.percent:.2f} %",
+            f"{table.llmpruner_params_after:,} = {table.llmpruner_percent:.2f} %",
+        ),
+        ("bytes", f"{table.bytes_before:,}", f"{table.bytes_after:,}", "", ""),
+    ]
+    return [
+        f"{name:10} {old:>16} {new:>16} {share:>8}  {peer}".rstrip() for name, old, new, share, peer in counts
+    ]
+
+
 @app.command(
     epilog=_examples(
         "firefly prune bigscience/bloom-1b7 out/bloom-1b4-zh --corpus zh.txt --corpus en.txt --vocab-size 46145",
         "firefly prune demo:base out/small --corpus poems.jsonl --vocab-size 8000 --pad-to-multiple 64",
+        "firefly prune bigscience/bloom-1b7 --dry-run --vocab-size 46145",
+        "firefly prune google/gemma-3-1b-it out/gemma-zh --corpus texts/ --coverage 0.9999 --keep-script Digits",
     )
 )
 def prune(
     model: Annotated[str, typer.Argument(help="A model directory, a hub name, or demo:base.")],
-    output: Annotated[Path, typer.Argument(help="The directory to write.")],
+    output: Annotated[Path | None, typer.Argument(help="The directory to write.", show_default=False)] = None,
     corpus: Annotated[
-        list[Path],
-        typer.Option("--corpus", "-c", help="Text or JSON Lines, file or folder; may be repeated."),
-    ],
-    vocab_size: Annotated[int, typer.Option("--vocab-size", "-n", help="Exact size of the new vocabulary.")],
+        list[Path] | None,
+        typer.Option(
+            "--corpus", "-c", help="Text, JSON (Lines), CSV or Parquet, file or folder; may be repeated."
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", "-n", help="Exact size of the new vocabulary.")
+    ] = None,
+    coverage: Annotated[
+        float | None, typer.Option(help="Or: keep this share of the corpus' tokens, such as 0.9999.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Or: keep the tokens of the tokenizer in this directory.")
+    ] = None,
     pad_to_multiple: Annotated[int, typer.Option(help="Make the size a multiple of this.")] = 1,
     keep_file: Annotated[Path | None, typer.Option(help="Further tokens to keep, one a line.")] = None,
+    keep_script: Annotated[
+        str, typer.Option(help="Keep every token in these scripts, such as Han,Latin,Digits.")
+    ] = "",
+    tokenizer_only: Annotated[
+        bool, typer.Option("--tokenizer-only", help="Leave weights alone; the model may lack them.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell the sizes for --vocab-size; config.json is enough.")
+    ] = False,
     skip_logits_proof: Annotated[
         bool,
         typer.Option("--skip-logits-proof", help="Leave out the part of the proof that runs both models."),
@@ -104,13 +143,25 @@ def prune(
 ) -> None:
     """Prune a vocabulary to the tokens a corpus uses, exactly, and prove it."""
     console.quiet(quiet)
+    if dry_run:
+        if vocab_size is None:
+            raise typer.BadParameter("--dry-run needs --vocab-size.")
+        table = api.prune_sizes(model, vocab_size=vocab_size, pad_to_multiple=pad_to_multiple)
+        _show(table, as_json, _size_lines)
+        return
+    if output is None:
+        raise typer.BadParameter("Missing argument 'OUTPUT', the directory to write.")
     result = api.prune(
         model,
         output,
-        corpus=corpus,
+        corpus=corpus or [],
         vocab_size=vocab_size,
+        coverage=coverage,
+        tokenizer=tokenizer,
         pad_to_multiple=pad_to_multiple,
         keep_file=keep_file,
+        keep_script=[name for name in keep_script.split(",") if name.strip()],
+        tokenizer_only=tokenizer_only,
         prove_logits=not skip_logits_proof,
     )
     _show(
@@ -118,7 +169,8 @@ def prune(
         as_json,
         lambda done: [
             f"{done.output}: {done.vocab_before:,} → {done.vocab_after:,} tokens, "
-            f"{done.params_before:,} → {done.params_after:,} parameters; proof in prune.json"
+            + (f"{done.params_before:,} → {done.params_after:,} parameters; " if done.params_before else "")
+            + "proof in prune.json"
         ],
     )
 

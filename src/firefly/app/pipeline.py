@@ -25,7 +25,8 @@ from firefly.data.tokens import encode_dataset
 from firefly.errors import OutputError
 from firefly.evaluate.run import evaluate
 from firefly.files import exclusive, locate, sha256_file, sha256_json, write_atomic, write_json, writing_to
-from firefly.model.load import check_model, resolve, weight_files
+from firefly.model.hub import resolve
+from firefly.model.load import check_model, weight_files
 from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
 from firefly.train.loop import train

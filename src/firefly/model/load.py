@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from firefly.errors import ModelError
-from firefly.files import directory_atomic, locate, require_disk, write_json
+from firefly.files import directory_atomic, require_disk, write_json
 from firefly.model.families import CausalModel, HubModel, build, require_supported, transformers_model
 
 COMPANIONS = (
@@ -25,27 +25,6 @@ COMPANIONS = (
 """Files that travel unchanged from a model directory to the next."""
 
 _SHARD_BYTES = 5 << 30
-
-
-def resolve(name: str) -> Path:
-    """The local directory of a base model: a path, `demo:…`, or a hub name (downloaded, safetensors only)."""
-    path = locate(name)
-    if path.is_dir():
-        return path
-    if name.startswith(("demo:", ".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(
-            f"The model directory {name} does not exist; give a directory, or a hub name like owner/model."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{name} is neither a directory here nor could it be fetched from the hub ({type(error).__name__}); "
-            "check the spelling and the network, or download it and give its directory."
-        ) from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:

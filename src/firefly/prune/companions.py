@@ -7,10 +7,10 @@ chat templates and licences along. Files that hold the old vocabulary in another
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ from firefly.files import write_json
 from firefly.prune.counting import strings_in
 from firefly.prune.tokenizer import Json, read_json
 
+CONFIGS = ("config.json", "generation_config.json")
 _TOKEN_ID = re.compile(r".*_token_(id|ids|index|indices)$|force_words_ids$")
-_EXCLUDED_IDS = {
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "bad_words_ids",
-}  # a dropped token never comes anyway
-_UNSUPPORTED = {"forced_decoder_ids", "sequence_bias"}
-_CONFIGS = ("config.json", "generation_config.json")
+_IDS_BY_NAME = re.compile(r".*_to_id$")  # a dictionary of ids, such as a Whisper's lang_to_id
+# A sequence with a dropped token never comes, so excluding or favouring it says nothing any more.
+_EXCLUDED_IDS = {"suppress_tokens", "begin_suppress_tokens", "bad_words_ids"}
+_SEQUENCE_BIAS = "sequence_bias"  # pairs of a sequence of ids and a number
+_FORCED_IDS = "forced_decoder_ids"  # pairs of a place and an id
 _TEXTS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json", "processor_config.json")
 _STALE = (
     "vocab.json",
@@ -57,7 +56,7 @@ def required_ids(base: Path, tokens: Mapping[str, int], added: set[str]) -> set[
     known = set(tokens.values())
     ids = {
         token_id
-        for name in _CONFIGS
+        for name in CONFIGS
         if (base / name).is_file()
         for token_id in _ids_in(read_json(base / name), base / name)
         if token_id in known
@@ -74,14 +73,14 @@ def required_ids(base: Path, tokens: Mapping[str, int], added: set[str]) -> set[
 
 def write(base: Path, out: Path, old_to_new: Mapping[int, int], vocab_size: int) -> None:
     """Write `base`'s small files into `out` with new ids; says which stale files stay behind."""
-    for name in _CONFIGS:
+    for name in CONFIGS:
         if (base / name).is_file():
             content = _remap(read_json(base / name), old_to_new, base / name)
             if name == "config.json":
                 inner = content.get("text_config")
-                (inner if isinstance(inner, dict) and "vocab_size" in inner else content)["vocab_size"] = (
-                    vocab_size
-                )
+                parts = [content, inner] if isinstance(inner, dict) else [content]
+                for part in [one for one in parts if isinstance(one.get("vocab_size"), int)] or parts[-1:]:
+                    part["vocab_size"] = vocab_size
             write_json(out / name, content)
     if (base / "tokenizer_config.json").is_file():
         content = read_json(base / "tokenizer_config.json")
@@ -113,51 +112,87 @@ def _templates(base: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
+def is_id_field(key: str) -> bool:
+    """Whether a field of a config, at any depth, holds token ids."""
+    return bool(
+        key in {*_EXCLUDED_IDS, _SEQUENCE_BIAS, _FORCED_IDS}
+        or _TOKEN_ID.match(key)
+        or _IDS_BY_NAME.match(key)
+    )
+
+
+def remapped_values(key: str, value: Any, translate: Callable[[int], int | None]) -> Any:
+    """The value of the id field `key` with every id translated; what becomes None leaves its list.
+
+    Numbers below zero stand for no token and stay.
+    """
+
+    def change(item: Any) -> Any:
+        if isinstance(item, list):
+            return [new for new in map(change, item) if new is not None]
+        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+            return item
+        return translate(item)
+
+    def whole(sequence: Any) -> bool:
+        items = sequence if isinstance(sequence, list) else [sequence]
+        return all(change(item) is not None for item in items)
+
+    if _IDS_BY_NAME.match(key) and isinstance(value, dict):
+        changed = {name: change(item) for name, item in value.items()}
+        return {name: new for name, new in changed.items() if new is not None}
+    if not isinstance(value, list):
+        return change(value)
+    if key == _FORCED_IDS:
+        return [[place, change(item)] for place, item in value]
+    if key == _SEQUENCE_BIAS:
+        return [[change(sequence), bias] for sequence, bias in value if whole(sequence)] or None
+    if key in _EXCLUDED_IDS:
+        return [change(sequence) for sequence in value if whole(sequence)] or None
+    return change(value)
+
+
 def _ids_in(content: Json, path: Path) -> Iterator[int]:
     """The ids in `content` that cannot be dropped."""
     for key, value in content.items():
-        if key in _UNSUPPORTED and value:
-            raise ModelError(
-                f"{path}: '{key}' cannot be carried to another vocabulary; take it out of the file."
-            )
-        if _TOKEN_ID.match(key):
-            yield from _integers(value)
+        if is_id_field(key) and key not in {*_EXCLUDED_IDS, _SEQUENCE_BIAS}:
+            found: list[int] = []
+            with _named(path, key):
+                remapped_values(key, value, lambda token_id, found=found: found.append(token_id))  # type: ignore[misc]
+            yield from found
         elif isinstance(value, dict):
             yield from _ids_in(value, path)
 
 
-def _integers(value: Any) -> Iterator[int]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _integers(item)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield value
+@contextlib.contextmanager
+def _named(path: Path, key: str) -> Iterator[None]:
+    """Name the field whose value is not shaped as it should be."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path}: '{key}' is not written as transformers writes it ({error}); mend it, or take it out of the file."
+        ) from error
 
 
 def _remap(content: Json, old_to_new: Mapping[int, int], path: Path) -> Json:
     """`content` with every token id translated; an id without a token becomes null, with a warning."""
-
-    def translate(key: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [new for new in (translate(key, item) for item in value) if new is not None]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            return value
-        if value not in old_to_new:
-            warn(f"{path}: {key} names the id {value}, which no token has; it is taken out")
-        return old_to_new.get(value)
-
     result: Json = {}
     for key, value in content.items():
-        if _TOKEN_ID.match(key):
-            result[key] = translate(key, value)
-        elif key in _EXCLUDED_IDS and isinstance(value, list):
-            # A sequence with a dropped token cannot be generated, so excluding it says nothing any more.
-            sequences = [item if isinstance(item, list) else [item] for item in value]
-            mapped = [[old_to_new.get(old, -1) for old in sequence] for sequence in sequences]
-            kept = [new for new in mapped if -1 not in new]
-            result[key] = (kept if value and isinstance(value[0], list) else [new[0] for new in kept]) or None
+        if is_id_field(key):
+            lost: list[int] = []
+
+            def translate(old: int, lost: list[int] = lost) -> int | None:
+                if old not in old_to_new:
+                    lost.append(old)
+                return old_to_new.get(old)
+
+            with _named(path, key):
+                result[key] = remapped_values(key, value, translate)
+            if lost and key not in {*_EXCLUDED_IDS, _SEQUENCE_BIAS}:
+                warn(f"{path}: {key} names the id {lost[0]}, which no token has; it is taken out")
         elif isinstance(value, dict):
             result[key] = _remap(value, old_to_new, path)
         else:
             result[key] = value
-    return json.loads(json.dumps(result))  # type: ignore[no-any-return]
+    return result

@@ -1,14 +1,16 @@
 """The proof that a pruned model is the original restricted to K; it runs before anything takes its final name.
 
-Five claims, each checked on the files as written: the tokenizer's stages and merges are the original's;
-every kept token is derived again; corpus texts inside K keep their tokens and others still round-trip;
-every kept row and every other tensor is the original's byte for byte; logits on K agree. The first
-disagreement raises `ProofError` naming the token, text or tensor.
+Each claim is checked on the files as written: the tokenizer's stages and merges are the original's; every
+kept token is derived again; corpus texts and made-up texts inside K keep their tokens, and all others still
+round-trip; the model's part is in `proof_weights.py`. The first disagreement raises `ProofError` naming the
+token, text or tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import random
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,43 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from firefly.console import progress
-from firefly.errors import ModelError, ProofError
+from firefly.prune.copying import WeightsCopy
 from firefly.prune.counting import batches
-from firefly.prune.tokenizer import Json, guarded, load, merge_pairs, merged, read, vocabulary
-from firefly.prune.weights import Tensor, quiet_transformers, read_header, read_range, shards
+from firefly.prune.logits import prove_logits
+from firefly.prune.opening import Opener
+from firefly.prune.proof_weights import failed, prove_configs, prove_opening, prove_weights
+from firefly.prune.scripts import script
+from firefly.prune.tokenizer import (
+    Json,
+    added_tokens,
+    guarded,
+    load,
+    map_stage_ids,
+    merge_pairs,
+    merged,
+    read,
+    unknown_id,
+    vocabulary,
+)
 
-_LOGIT_ROWS, _LOGIT_TOKENS = 4, 32
-_AUTO_TEXTS = 200
+AUTO_TEXTS = 200
+_GENERATED_TEXTS = 5000
+_LONGEST_GENERATED_TOKENS = 8
+_SCRIPT_TEXTS = 2000
+PROBES = (
+    "",
+    "a",
+    "Hello, world! Don't — “quote” … 3.14 × 10⁻⁹ = №5",
+    "天地玄黃，宇宙洪荒。𠮷野家の𠮷、𪚥𪚥、㐂、龘",
+    "👩‍👩‍👧‍👦 family, 🏳️‍🌈 flag, 🇨🇳, 👍🏽, ❤️, 🫠",
+    "line one\r\nline two\r\n\r\n\tindented\n\n\n  end  ",
+    "\x00\x01\x07\x08\x0b\x0c\x1b[0m\x7f\x85\u200b\u200d\u2028\ufeff\ufffd\U000e0001",
+    "e\u0301 é ﬁ Ａ １ ½ ㎏ Å Ω",
+    "Привет, мир! Γειά σου. مرحبا بالعالم שלום नमस्ते สวัสดี 안녕하세요 こんにちは გამარჯობა",
+    "def f(x):\n    return {'a': [x ** 2 for x in range(10)]}  # 注释\n",
+    "<0x41> <unk> [UNK] ##ing ▁a Ġb </w> \\u4e2d",
+    " " * 40 + "a" * 300 + "中" * 100,
+)
 
 
 def prove(
@@ -34,6 +66,10 @@ def prove(
     names: frozenset[str],
     texts: list[str],
     logits: bool = True,
+    *,
+    original: tuple[Json, Tokenizer] | None = None,
+    opener: Opener | None = None,
+    copy: WeightsCopy | None = None,
 ) -> dict[str, Any]:
     """Run every check on the model directories `base` and `pruned`; returns what was proven, JSON-able.
 
@@ -41,57 +77,123 @@ def prove(
         new_to_old: old id of each new id, [K].
         names: the tensors with vocabulary rows, as the weight files spell them.
         texts: a sample of the corpus.
-        logits: also run both models in float32 (memory: four bytes a parameter, one model at a time).
+        logits: also run both models in float32 (see `prove_logits` for the memory).
+        original: the base's tokenizer, parsed and loaded, where the caller has it.
+        opener, copy: where transformers is made ready, and where the weights are being written and proven.
     """
-    old, new = read(base / "tokenizer.json"), read(pruned / "tokenizer.json")
-    prove_stages(old, new, new_to_old)
-    original, restricted = load(old), load(new)
     return {
-        **prove_tokens(original, restricted, new_to_old),
-        **prove_texts(original, restricted, new_to_old, texts),
-        **prove_opening(base, pruned, new_to_old, texts[:_AUTO_TEXTS]),
-        **prove_weights(base, pruned, new_to_old, names),
+        **prove_tokenizer(base, pruned, new_to_old, texts, original=original),
+        **prove_opening(base, pruned, new_to_old, texts[:AUTO_TEXTS], opener),
+        **prove_configs(base, pruned, new_to_old),
+        **(copy.proof() if copy else prove_weights(base, pruned, new_to_old, names)),
         **(prove_logits(base, pruned, new_to_old) if logits else {"logits": "skipped"}),
     }
 
 
-def _fail(what: str) -> ProofError:
-    return ProofError(
-        f"The proof failed, and no model was written: {what}. Please report it with this base model."
-    )
+def prove_tokenizer(
+    base: Path,
+    pruned: Path,
+    new_to_old: NDArray[np.int64],
+    texts: list[str],
+    generated: int = _GENERATED_TEXTS,
+    *,
+    original: tuple[Json, Tokenizer] | None = None,
+) -> dict[str, Any]:
+    """Every check that needs only the two tokenizer.json files; `generated` texts are made up inside K."""
+    old = original[0] if original else read(base / "tokenizer.json")
+    new = read(pruned / "tokenizer.json")
+    prove_stages(old, new, new_to_old)
+    whole, restricted = original[1] if original else load(old), load(new)
+    derived = prove_tokens(whole, restricted, new_to_old)
+    made = prove_texts(whole, restricted, new_to_old, made_up_texts(whole, new_to_old, generated))
+    prove_texts(whole, restricted, new_to_old, PROBES)
+    return {
+        **derived,
+        **prove_texts(whole, restricted, new_to_old, texts),
+        "made_up_texts_checked": made["documents_checked"],
+        "made_up_texts_inside": made["documents_inside"],
+        "tokens_per_character": tokens_per_character(whole, restricted, texts),
+    }
 
 
 def prove_stages(old: Json, new: Json, new_to_old: NDArray[np.int64]) -> None:
-    """The kept tokens have their new ids, the kept merges their order, and the other stages are unchanged."""
+    """The kept tokens have their new ids, and everything else in the file says what it said before."""
     by_id = {token_id: token for token, token_id in vocabulary(old).items()}
     expected = {by_id[int(old_id)]: new_id for new_id, old_id in enumerate(new_to_old)}
-    if vocabulary(new) != expected:
-        wrong = next(t for t in expected | vocabulary(new) if expected.get(t) != vocabulary(new).get(t))
-        raise _fail(f"the token {wrong!r} has id {vocabulary(new).get(wrong)}, not {expected.get(wrong)}")
+    found = vocabulary(new)
+    if found != expected:
+        wrong = next(token for token in expected | found if expected.get(token) != found.get(token))
+        raise failed(f"the token {wrong!r} has id {found.get(wrong)}, not {expected.get(wrong)}")
+    by_id = {new_id: token for token, new_id in expected.items()}
     for stage in ("normalizer", "pre_tokenizer", "decoder", "truncation"):
         if old.get(stage) != new.get(stage):
-            raise _fail(f"the tokenizer's {stage} has changed")
-    model, kept = old["model"], new["model"]["vocab"]
-    wanted = (
-        pair
-        for pair in merge_pairs(model)
-        if pair[0] in kept and pair[1] in kept and merged(model, *pair) in kept
-    )
-    for place, (left, right) in enumerate(zip_longest(wanted, merge_pairs(new["model"]))):
-        if left != right:
-            raise _fail(f"merge {place} of the pruned tokenizer is {right}, not {left}")
+            raise failed(f"the tokenizer's {stage} has changed")
+    for stage in ("post_processor", "padding", "added_tokens"):
+        if _by_name(stage, old, expected) != _by_name(stage, new, expected):
+            raise failed(f"the tokenizer's {stage} inserts other tokens than before")
+    _prove_model(old, new, new_to_old)
+
+
+def _by_name(stage: str, content: Json, kept: dict[str, int]) -> Any:
+    """A stage of tokenizer.json with tokens in the place of ids."""
+    names = {token_id: token for token, token_id in vocabulary(content).items()}
+    value = json.loads(json.dumps(content.get(stage)))
+    if stage == "post_processor":
+        map_stage_ids(value, names.__getitem__)
+    elif stage == "added_tokens":
+        tokens = [{**token, "id": None} for token in added_tokens(content) if token["content"] in kept]
+        return sorted(tokens, key=lambda token: str(token["content"]))
+    elif value:
+        value["pad_id"] = names[value["pad_id"]]
+    return value
+
+
+def _prove_model(old: Json, new: Json, new_to_old: NDArray[np.int64]) -> None:
+    """The model's options are the original's; merges (BPE) and scores (Unigram) are those of the kept tokens."""
+    before, after = old["model"], new["model"]
+    for key in (before | after).keys() - {"vocab", "merges", "unk_id"}:
+        if before.get(key) != after.get(key):
+            raise failed(f"the tokenizer model's {key} has changed")
+    names = [{token_id: token for token, token_id in vocabulary(content).items()} for content in (old, new)]
+    unknown = unknown_id(old), unknown_id(new)
+    if (None if unknown[0] is None else names[0][unknown[0]]) != (
+        None if unknown[1] is None else names[1].get(unknown[1])
+    ):
+        raise failed(f"the unknown token's id is {unknown[1]}, which stands for another token")
+    if "merges" in before:
+        kept = after["vocab"]
+        wanted = (
+            pair
+            for pair in merge_pairs(before)
+            if pair[0] in kept and pair[1] in kept and merged(before, *pair) in kept
+        )
+        for place, (left, right) in enumerate(zip_longest(wanted, merge_pairs(after))):
+            if left != right:
+                raise failed(f"merge {place} of the pruned tokenizer is {right}, not {left}")
+    elif isinstance(before["vocab"], list):
+        for place, piece in enumerate(after["vocab"]):
+            if piece != before["vocab"][new_to_old[place]]:
+                raise failed(f"the score of {piece[0]!r} is not the original's")
+        if min(piece[1] for piece in before["vocab"]) != min(piece[1] for piece in after["vocab"]):
+            raise failed("the lowest score is gone, by which unknown characters are priced")
 
 
 def prove_tokens(original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.int64]) -> dict[str, Any]:
     """Every kept token, tokenized by itself: same tokens wherever the original stays inside K.
 
-    A token found by whole-word lookup (`ignore_merges`) is derived by its merges as well.
+    A token found by whole-word lookup (`ignore_merges`) is derived by its merges as well; one that continues
+    a word is derived behind another kept character.
     """
     models = original.model, pruned.model
+    unknown, gives_up = _unknown(original)
     suffix = getattr(models[0], "end_of_word_suffix", None) or ""
+    prefix = getattr(models[0], "continuing_subword_prefix", None) or ""
     old_to_new = {int(old_id): new_id for new_id, old_id in enumerate(new_to_old)}
     tokens = (models[0].id_to_token(int(old_id)) for old_id in new_to_old)  # None: an added token outside
-    strings = [token.removesuffix(suffix) for token in tokens if token is not None]
+    strings = [token.removesuffix(suffix) for token in tokens if token]
+    if prefix:
+        lead = next((string for string in strings if len(string) == 1 and string.isalnum()), "")
+        strings = [lead * string.startswith(prefix) + string.removeprefix(prefix) for string in strings]
     lookup = bool(getattr(models[0], "ignore_merges", False))
     derived: set[str] = set()
     for ignore_merges in [True, False] if lookup else [False]:
@@ -101,22 +203,74 @@ def prove_tokens(original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.
             with guarded(f"tokenizing {string!r}"):
                 before, after = ([token.id for token in model.tokenize(string)] for model in models)
             inside = [old_to_new.get(token_id, -1) for token_id in before]
-            if -1 in inside:
+            if -1 in inside or (gives_up and unknown in before):
                 continue  # no text reaches this token through its own string
             if inside != after:
                 names = [models[1].id_to_token(token_id) for token_id in after]
-                raise _fail(f"the token {string!r} now splits into {names}")
+                raise failed(f"the token {string!r} now splits into {names}")
             derived.add(string)
     for model in models if lookup else ():
         model.ignore_merges = True
     return {"tokens_kept": len(new_to_old), "tokens_rederived": len(derived)}
 
 
+def _unknown(original: Tokenizer) -> tuple[int, bool]:
+    """The id of the unknown token (−1: none), and whether one stands for a whole word, as WordPiece has it."""
+    kind = type(original.model).__name__
+    if kind == "Unigram":  # its state alone tells
+        place = json.loads(original.model.__getstate__())["unk_id"]
+    else:
+        place = original.token_to_id(original.model.unk_token or "")
+    return -1 if place is None else place, kind == "WordPiece"
+
+
+def made_up_texts(
+    original: Tokenizer, new_to_old: NDArray[np.int64], count: int, seed: int = 0
+) -> Iterator[str]:
+    """Random sequences of kept tokens, written out: the same for the same `seed`, most of them inside K."""
+    rng = random.Random(seed)
+    ids = new_to_old.tolist()
+    for start in range(0, count, 1000):
+        sequences = [
+            rng.choices(ids, k=rng.randint(1, _LONGEST_GENERATED_TOKENS))
+            for _ in range(min(1000, count - start))
+        ]
+        with guarded("decoding made-up texts"):
+            yield from original.decode_batch(sequences, skip_special_tokens=True)
+
+
+def tokens_per_character(
+    original: Tokenizer, pruned: Tokenizer, texts: list[str]
+) -> dict[str, dict[str, float]]:
+    """How many tokens a character takes before and after, by the script that a document is mostly written in."""
+    some = texts[:: len(texts) // _SCRIPT_TEXTS + 1]
+    sums: dict[str, list[int]] = {}
+    lengths = [
+        [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False)]
+        for tokenizer in (original, pruned)
+    ]
+    for text, before, after in zip(some, *lengths, strict=True):
+        entry = sums.setdefault(script(text), [0, 0, 0])
+        for place, amount in enumerate((len(text), before, after)):
+            entry[place] += amount
+    return {
+        name: {"characters": size, "before": round(before / size, 4), "after": round(after / size, 4)}
+        for name, (size, before, after) in sorted(sums.items())
+        if size
+    }
+
+
 def prove_texts(
     original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.int64], texts: Iterable[str]
 ) -> dict[str, Any]:
-    """Texts whose original encoding lies in K keep their tokens; the others round-trip where they did."""
-    old_to_new = np.full(max(original.get_vocab().values()) + 1, -1, dtype=np.int64)
+    """Texts whose original encoding lies in K keep their tokens; the others decode to what they did.
+
+    What decoding may lose is only what was already unknown to the original. A WordPiece model gives up on a
+    whole word at its first dead end, so a word unknown to it may become readable with fewer tokens.
+    """
+    unknown, gives_up = _unknown(original)
+    beyond = int(new_to_old.max()) + 1  # stands for every higher id
+    old_to_new = np.full(beyond + 1, -1, dtype=np.int64)
     old_to_new[new_to_old] = np.arange(len(new_to_old))
     num_texts = num_inside = num_lossless = num_lossy = 0
     total = len(texts) if isinstance(texts, list) else None
@@ -131,11 +285,13 @@ def prove_texts(
                 ]
             outside: list[int] = []
             for place, (old_ids, new_ids) in enumerate(zip(before, after, strict=True)):
-                expected = old_to_new[np.asarray(old_ids, dtype=np.int64)]
-                if (expected < 0).any():
+                expected = old_to_new[np.minimum(np.asarray(old_ids, dtype=np.int64), beyond)]
+                if expected.tolist() == new_ids:
+                    continue
+                if (expected < 0).any() or (gives_up and unknown in old_ids):
                     outside.append(place)
-                elif expected.tolist() != new_ids:
-                    raise _fail(
+                else:
+                    raise failed(
                         f"the text {batch[place][:200]!r} (sample {num_texts + place}) changes its tokens"
                     )
             decoded = zip(
@@ -147,8 +303,8 @@ def prove_texts(
             for place, old_text, new_text in decoded:
                 if new_text == old_text:
                     num_lossless += 1
-                elif old_text == batch[place]:
-                    raise _fail(
+                elif old_text == batch[place] or unknown not in before[place]:
+                    raise failed(
                         f"the text {batch[place][:200]!r} (sample {num_texts + place}) no longer round-trips"
                     )
                 else:
@@ -160,120 +316,5 @@ def prove_texts(
         "documents_checked": num_texts,
         "documents_inside": num_inside,
         "documents_outside_same_text": num_lossless,
-        "documents_outside_lossy_before_too": num_lossy,
+        "documents_outside_unknown_before_too": num_lossy,
     }
-
-
-def prove_opening(
-    base: Path, pruned: Path, new_to_old: NDArray[np.int64], texts: list[str]
-) -> dict[str, Any]:
-    """`AutoTokenizer` opens the pruned directory and agrees with the original's on texts inside K.
-
-    Some of transformers' tokenizer classes rebuild stages from code instead of tokenizer.json, hence this.
-    """
-    from transformers import AutoTokenizer
-
-    old_to_new = {int(old): new for new, old in enumerate(new_to_old)}
-    with guarded("opening it with AutoTokenizer"), quiet_transformers():
-        original, opened = (
-            AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (base, pruned)
-        )
-        added_by_class = len(original) - len(vocabulary(read(base / "tokenizer.json")))
-        if len(opened) != len(new_to_old) + added_by_class:
-            raise _fail(f"AutoTokenizer finds {len(opened)} tokens, not {len(new_to_old)}")
-        for text in texts:
-            expected = [
-                old_to_new.get(old, -1) for old in original(text, add_special_tokens=True)["input_ids"]
-            ]
-            if -1 not in expected and expected != opened(text, add_special_tokens=True)["input_ids"]:
-                raise _fail(f"AutoTokenizer reads the text {text[:200]!r} differently")
-    return {"auto_tokenizer_documents": len(texts)}
-
-
-def prove_weights(
-    base: Path, pruned: Path, new_to_old: NDArray[np.int64], names: frozenset[str]
-) -> dict[str, Any]:
-    """Kept rows of the tensors `names`, and all other tensors, equal the original's byte for byte."""
-    old_files, new_files = shards(base), shards(pruned)
-    if [path.name for path in old_files] != [path.name for path in new_files]:
-        raise _fail("the weight files are not those of the original")
-    num_same = num_selected = 0
-    with progress("prove weights", sum(path.stat().st_size for path in new_files) / 2**20, "MiB") as bar:
-        for old_file, new_file in zip(old_files, new_files, strict=True):
-            old_tensors, new_tensors = read_header(old_file)[0], read_header(new_file)[0]
-            if old_tensors.keys() != new_tensors.keys():
-                raise _fail(f"{new_file.name} does not hold the original's tensors")
-            with old_file.open("rb", buffering=0) as old, new_file.open("rb", buffering=0) as new:
-                for name, tensor in new_tensors.items():
-                    before = old_tensors[name]
-                    rows = new_to_old if name in names else None
-                    shape = before.shape if rows is None else (len(rows), *before.shape[1:])
-                    if (tensor.dtype, tensor.shape) != (before.dtype, shape):
-                        raise _fail(
-                            f"{name} changes from {before.dtype} {before.shape} to {tensor.dtype} {tensor.shape}"
-                        )
-                    _compare(old, new, before, tensor, rows)
-                    num_same += rows is None
-                    num_selected += rows is not None
-                    bar.advance((tensor.end - tensor.start) / 2**20)
-    return {"tensors_identical": num_same, "tensors_row_selected": num_selected}
-
-
-def _compare(old: Any, new: Any, before: Tensor, after: Tensor, rows: NDArray[np.int64] | None) -> None:
-    """Raise unless `after` holds the bytes of `before`, or of its `rows`."""
-    if rows is None:
-        pairs = zip(
-            read_range(old, before.start, before.end), read_range(new, after.start, after.end), strict=True
-        )
-        if any(left != right for left, right in pairs):
-            raise _fail(f"the tensor {before.name} is not the original's")
-        return
-    width = before.row_bytes
-    for new_row, old_row in enumerate(rows.tolist()):
-        left = b"".join(read_range(old, before.start + old_row * width, before.start + (old_row + 1) * width))
-        right = b"".join(read_range(new, after.start + new_row * width, after.start + (new_row + 1) * width))
-        if left != right:
-            raise _fail(f"row {new_row} of {before.name} is not the original's row {old_row}")
-
-
-def prove_logits(base: Path, pruned: Path, new_to_old: NDArray[np.int64]) -> dict[str, Any]:
-    """On random in-K inputs, plain transformers in float32 gives the original's logits on K.
-
-    Either bit for bit, or no further from the original in float64 than twice the original's own float32
-    error (a matrix of another width may be multiplied in another order).
-    """
-    import torch
-
-    rng = np.random.default_rng(0)
-    inputs = rng.integers(0, len(new_to_old), size=(_LOGIT_ROWS, _LOGIT_TOKENS))
-
-    def logits(directory: Path, ids: NDArray[np.int64], dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
-        from transformers import AutoModelForCausalLM
-
-        try:
-            with quiet_transformers():
-                model = AutoModelForCausalLM.from_pretrained(
-                    directory, dtype=dtype, local_files_only=True
-                ).eval()
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ModelError(f"{directory} does not open with AutoModelForCausalLM: {error}") from error
-        limit = getattr(model.config, "max_position_embeddings", None) or _LOGIT_TOKENS
-        with torch.no_grad():
-            result = model(input_ids=torch.from_numpy(ids[:, :limit]), use_cache=False).logits
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        return result, tied
-
-    keep = torch.from_numpy(new_to_old)
-    before, was_tied = logits(base, new_to_old[inputs], torch.float32)
-    before = before[..., keep]
-    after, is_tied = logits(pruned, inputs, torch.float32)
-    if was_tied != is_tied or before.shape != after.shape:
-        raise _fail("the pruned model's output embeddings are not built as the original's")
-    if torch.equal(before, after):
-        return {"logits": "bit-equal", "logits_max_difference": 0.0}
-    exact = logits(base, new_to_old[inputs], torch.float64)[0][..., keep]
-    own_error = float((before.double() - exact).abs().max())
-    error = float((after.double() - exact).abs().max())
-    if not error <= 2 * own_error:
-        raise _fail(f"logits differ by {error:.3g} where float32 itself errs by {own_error:.3g}")
-    return {"logits": "within float32 error", "logits_max_difference": float((before - after).abs().max())}

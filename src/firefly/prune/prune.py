@@ -6,6 +6,8 @@ prove the result, and only then give it its name. The same inputs give the same 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,13 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from firefly.console import say
-from firefly.errors import InputError, ModelError, OutputError
+from firefly.console import say, warn
+from firefly.errors import InputError, ModelError, OutputError, RecipeError
 from firefly.files import directory_atomic, read_lines, require_disk, sha256_file, write_json
 from firefly.prune import companions, weights
+from firefly.prune.copying import WeightsCopy
 from firefly.prune.counting import corpus_texts, count_tokens
-from firefly.prune.proof import prove
-from firefly.prune.tokenizer import guarded, load, read, rebuild, vocabulary
+from firefly.prune.layout import find_layout
+from firefly.prune.opening import Opener
+from firefly.prune.proof import AUTO_TEXTS, prove, prove_tokenizer
+from firefly.prune.proof_weights import prove_opening
+from firefly.prune.scripts import ids_in_scripts, script, token_texts
+from firefly.prune.tokenizer import added_tokens, guarded, load, read, rebuild, vocabulary
 from firefly.prune.vocabulary import choose
 
 _SAMPLE_CHARACTERS = 1 << 24
@@ -34,15 +41,18 @@ class PruneResult:
     """What pruning did; `to_json` gives it as plain values."""
 
     output: str
-    vocab_before: int  # embedding rows
+    vocab_before: int  # embedding rows; without weights, tokens
     vocab_after: int
-    params_before: int  # tied matrices counted once
+    params_before: int  # tied matrices counted once; 0 without weights, as the next three
     params_after: int
     bytes_before: int  # of the weight files
     bytes_after: int
-    closure_size: int  # tokens kept only as intermediates
+    closure_size: int  # tokens kept only as intermediates; with a given tokenizer, all that it lacked
     kept: dict[str, int]  # kept tokens by reason
-    coverage: float  # share of the corpus' tokens that lie in the keep-set
+    coverage: float  # share of the corpus' tokens that lie in the keep-set; 1 without a corpus
+    scripts: dict[str, list[int]]  # tokens before and after, by script
+    dropped_added_tokens: list[str]  # reserved ones, and those that nothing names or uses
+    not_in_base: list[str]  # tokens of the given tokenizer that the base lacks
     corpus_documents: int
     corpus_tokens: int
     documents_checked: int
@@ -53,88 +63,133 @@ class PruneResult:
         return asdict(self)
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Vocabularies are millions of objects without a cycle; looking for cycles in them costs seconds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
 def prune_model(
     base: Path,
     out: Path,
     *,
-    vocab_size: int,
+    vocab_size: int | None = None,
+    coverage: float | None = None,
+    tokenizer: Path | None = None,
     corpus: Sequence[Path] = (),
     texts: Iterable[str] = (),
     pad_to_multiple: int = 1,
     keep_file: Path | None = None,
+    keep_script: Sequence[str] = (),
+    tokenizer_only: bool = False,
     prove_logits: bool = True,
 ) -> PruneResult:
-    """Prune the vocabulary of the model directory `base` to `vocab_size` tokens and write it to `out`.
+    """Prune the vocabulary of the model directory `base` and write it to `out`.
 
     Args:
-        corpus: text or JSON Lines files, or folders of them, whose tokens are kept by frequency.
+        vocab_size, coverage, tokenizer: one of the three says how much stays: exactly so many tokens; the most
+            frequent until they are this share (up to 1) of the corpus; or the tokens of another tokenizer's
+            directory, with what they need to stay exact.
+        corpus: text, JSON, CSV or Parquet files, or folders of them, whose tokens are kept by frequency.
         texts: documents that are counted beside the corpus.
         pad_to_multiple: keep a few more tokens so that the size is a multiple of this.
         keep_file: further tokens to keep, one a line: a token of the vocabulary, or text whose tokens stay.
+        keep_script: keep every token in these scripts, such as Han, Latin, Digits.
+        tokenizer_only: `base` holds no weights, or they are left alone.
         prove_logits: also compare logits in float32 (needs both models in memory, one after the other).
 
     Raises `InputError`, `ModelError`, `RecipeError`, `OutputError`, or `ProofError`; `out` is then untouched.
     """
     base, out = Path(base), Path(out)
+    _check_arguments(vocab_size, coverage, tokenizer, pad_to_multiple)
     _check_output(base, out)
     if not base.is_dir():
         raise ModelError(
             f"The model directory {base} does not exist; give a directory in Hugging Face layout."
         )
     content = read(base / "tokenizer.json")
-    tokenizer = load(base / "tokenizer.json")
-    files = weights.shards(base)
-    for path in files:
-        weights.read_header(path)
+    original = load(content)
     tokens = vocabulary(content)
-    rows = int(weights.meta_model(base).get_input_embeddings().weight.shape[0])
-    if max(tokens.values()) >= rows:
-        raise ModelError(
-            f"{base}: tokenizer.json has the id {max(tokens.values()):,}, and the embeddings have only {rows:,} rows; "
-            "the two do not belong together."
-        )
+    files: list[Path] = []
+    layout = None
+    if not tokenizer_only:
+        files = weights.shards(base)
+        layout = find_layout(base, files)
+        _require_rows(base, layout.num_rows, max(tokens.values()))
+    rows = layout.num_rows if layout else len(tokens)
 
     sample = _Sample()
-    corpus = [Path(path) for path in corpus]
-    total = sum(1 for _ in corpus_texts(corpus))  # finds bad lines before the long work, and gives the ETA
-    if isinstance(texts, Sequence):
-        total += len(texts)
-    elif not corpus:
-        total = 0
-    counts = count_tokens(tokenizer, sample.passing(_chain(corpus_texts(corpus), texts)), total or None)
-    if not counts.sum():
+    counts = _count(original, sample, [Path(path) for path in corpus], texts)
+    if not counts.sum() and tokenizer is None:
         raise InputError(
             "The corpus holds no tokens; give corpus files with text, so that there is something to keep."
         )
 
-    wanted = companions.required_ids(
-        base, tokens, {token["content"] for token in content["added_tokens"] or []}
-    )
+    wanted = companions.required_ids(base, tokens, {token["content"] for token in added_tokens(content)})
+    wanted |= ids_in_scripts(original, sorted(tokens.values()), keep_script)
     if keep_file is not None:
-        wanted |= _wanted_ids(tokenizer, tokens, Path(keep_file))
-    keep = choose(content, counts, vocab_size, wanted, pad_to_multiple)
+        wanted |= _wanted_ids(original, tokens, Path(keep_file))
+    given: set[int] = set()
+    not_in_base: list[str] = []
+    if tokenizer is not None:
+        given, not_in_base = _tokens_of(Path(tokenizer), tokens)
+    keep = choose(content, counts, vocab_size, wanted | given, pad_to_multiple, coverage)
     new_to_old = keep.new_to_old
+    closure_size = len(set(new_to_old.tolist()) - given) if given else keep.num_closure
     old_to_new = {int(old): new for new, old in enumerate(new_to_old)}
 
     bytes_before = sum(path.stat().st_size for path in files)
     require_disk(out, bytes_before)
     with directory_atomic(out) as place:
-        write_json(place / "tokenizer.json", rebuild(content, new_to_old))
-        companions.write(base, place, old_to_new, len(new_to_old))
-        layout = weights.vocabulary_layout(base, place, files)
-        weights.select_rows(files, place, layout.names, new_to_old)
-        proof = prove(base, place, new_to_old, layout.names, sample.texts, prove_logits)
+
+        def write_small_files() -> None:
+            write_json(place / "tokenizer.json", rebuild(content, new_to_old))
+            companions.write(base, place, old_to_new, len(new_to_old))
+
+        params_before = params_after = 0
+        if tokenizer_only:
+            write_small_files()
+            proof = prove_tokenizer(base, place, new_to_old, sample.texts, original=(content, original))
+            if (base / "tokenizer_config.json").is_file():  # without it, transformers cannot tell the class
+                proof |= prove_opening(base, place, new_to_old, sample.texts[:AUTO_TEXTS])
+        else:
+            assert layout is not None
+            params_before, params_after = layout.params, layout.params_with(len(new_to_old))
+            with WeightsCopy(files, place, layout.names, new_to_old) as copy, Opener() as opener:
+                write_small_files()
+                proof = prove(
+                    base,
+                    place,
+                    new_to_old,
+                    layout.names,
+                    sample.texts,
+                    prove_logits,
+                    original=(content, original),
+                    opener=opener,
+                    copy=copy,
+                )
+        inside = counts[new_to_old[new_to_old < len(counts)]].sum()
         result = PruneResult(
             output=str(out),
             vocab_before=rows,
             vocab_after=len(new_to_old),
-            params_before=layout.params_before,
-            params_after=layout.params_after,
+            params_before=params_before,
+            params_after=params_after,
             bytes_before=bytes_before,
             bytes_after=sum((place / path.name).stat().st_size for path in files),
-            closure_size=keep.num_closure,
+            closure_size=closure_size,
             kept=keep.statistics,
-            coverage=float(counts[new_to_old[new_to_old < len(counts)]].sum() / counts.sum()),
+            coverage=float(inside / counts.sum()) if counts.sum() else 1.0,
+            scripts=_scripts(original, sorted(tokens.values()), old_to_new),
+            dropped_added_tokens=list(keep.dropped_added),
+            not_in_base=not_in_base,
             corpus_documents=sample.seen,
             corpus_tokens=int(counts.sum()),
             documents_checked=proof["documents_checked"],
@@ -142,15 +197,90 @@ def prune_model(
         )
         record = result.to_json()
         del record["output"]  # the same model wherever it is written
-        source = {name: sha256_file(base / f"{name}.json") for name in ("tokenizer", "config")}
+        source = {
+            name: sha256_file(base / f"{name}.json")
+            for name in ("tokenizer", "config")
+            if (base / f"{name}.json").is_file()
+        }
         write_json(
             place / "prune.json", {**record, "source_sha256": source, "new_to_old": id_ranges(new_to_old)}
         )
+    parameters = "" if tokenizer_only else f" {params_before:,} → {params_after:,} parameters,"
+    checked = "tokenizer" if tokenizer_only else f"{proof['logits']} logits"
     say(
-        f"prune: {rows:,} → {len(new_to_old):,} tokens, {layout.params_before:,} → {layout.params_after:,} parameters, "
-        f"{result.coverage:.2%} of the corpus kept as it was; proof passed ({proof['logits']} logits)"
+        f"prune: {rows:,} → {len(new_to_old):,} tokens,{parameters} {result.coverage:.2%} of the corpus kept as it "
+        f"was; proof passed ({checked})"
     )
+    if keep.dropped_added:
+        say(
+            f"prune: {len(keep.dropped_added):,} added tokens are dropped, reserved or unused "
+            f"({_some(keep.dropped_added)}); prune.json lists them"
+        )
     return result
+
+
+def _check_arguments(
+    vocab_size: int | None, coverage: float | None, tokenizer: Path | None, pad_to_multiple: int
+) -> None:
+    if sum(choice is not None for choice in (vocab_size, coverage, tokenizer)) != 1:
+        raise RecipeError("Say how much to keep in one way: --vocab-size, --coverage or --tokenizer.")
+    if vocab_size is not None and vocab_size < 1:
+        raise RecipeError(f"--vocab-size is {vocab_size}; choose 1 or more.")
+    if coverage is not None and not 0 < coverage <= 1:
+        raise RecipeError(f"--coverage is {coverage}; choose a share above 0 and up to 1, such as 0.9999.")
+    if pad_to_multiple < 1:
+        raise RecipeError(f"--pad-to-multiple is {pad_to_multiple}; choose 1 or more.")
+
+
+def _require_rows(base: Path, rows: int, last_id: int) -> None:
+    """Raise unless the embedding has a row for every token."""
+    if last_id >= rows:
+        raise ModelError(
+            f"{base}: tokenizer.json has the id {last_id:,}, and the embeddings have only {rows:,} rows; "
+            "the two do not belong together."
+        )
+
+
+def _count(
+    original: Tokenizer, sample: _Sample, corpus: list[Path], texts: Iterable[str]
+) -> NDArray[np.int64]:
+    """Token counts of the corpus and the texts, keeping a sample of the documents."""
+    total = sum(1 for _ in corpus_texts(corpus))  # finds bad lines before the long work, and gives the ETA
+    if isinstance(texts, Sequence):
+        total += len(texts)
+    elif not corpus:
+        total = 0
+    return count_tokens(original, sample.passing(_chain(corpus_texts(corpus), texts)), total or None)
+
+
+def _tokens_of(directory: Path, tokens: dict[str, int]) -> tuple[set[int], list[str]]:
+    """The ids of another tokenizer's tokens, and those of its tokens that the base lacks."""
+    given = vocabulary(read(directory / "tokenizer.json"))
+    missing = [token for token in given if token not in tokens]
+    if 2 * len(missing) > len(given):
+        raise InputError(
+            f"{directory}: the base model lacks {len(missing):,} of its {len(given):,} tokens ({_some(missing)}); "
+            "give a tokenizer that was made from the base model's."
+        )
+    if missing:
+        warn(
+            f"{directory}: the base lacks {len(missing):,} of its tokens ({_some(missing)}); they are left out"
+        )
+    return {tokens[token] for token in given if token in tokens}, missing
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _scripts(original: Tokenizer, ids: list[int], kept: dict[int, int]) -> dict[str, list[int]]:
+    """Tokens before and after, by script, the largest first."""
+    table: dict[str, list[int]] = {}
+    for token_id, text in zip(ids, token_texts(original, ids), strict=True):
+        entry = table.setdefault(script(text), [0, 0])
+        entry[0] += 1
+        entry[1] += token_id in kept
+    return dict(sorted(table.items(), key=lambda item: -item[1][0]))
 
 
 def id_ranges(ids: NDArray[np.int64]) -> str:

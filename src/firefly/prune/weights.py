@@ -1,19 +1,22 @@
 """Row selection from safetensors to safetensors: the vocabulary's tensors get fewer rows, all else is copied.
 
-Which tensors carry the vocabulary is asked from the architecture itself, built on the meta device with the
-old and with the new configuration: a tensor whose shape differs is one. Data streams in blocks of a few
-MiB, so memory is a block and never a model; untouched tensors keep every byte.
+Data streams through one small buffer, so memory is a block and never a model; untouched tensors keep every
+byte. Copying through a reused buffer of 1 MiB, which stays in the processor's cache, was as fast as
+`sendfile` and `copy_file_range` (2.4 GB in 0.5–1.2 s against 0.9–1.3 s; a fresh 8 MiB buffer each time: 2.5 s)
+and works on every system.
 """
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
+import math
+import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 from firefly.console import progress
 from firefly.errors import ModelError
 from firefly.files import write_json
-from firefly.prune.tokenizer import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 1 << 20
+_FLUSH_BYTES = 64 << 20
 _HEADER_ALIGNMENT = 8
 
 
@@ -41,18 +44,40 @@ class Tensor:
     end: int
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.end - self.start
+
+    @property
+    def row_axis(self) -> int:
+        """The first dimension that is not 1: [V, hidden], [V], and [1, V] all have V rows."""
+        return next((axis for axis, size in enumerate(self.shape) if size != 1), 0)
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one row (one index of the first dimension)."""
-        return (self.end - self.start) // self.shape[0]
+        """Bytes of one row; raises `ModelError` where rows do not begin at whole bytes."""
+        width, rest = divmod(self.num_bytes, self.shape[self.row_axis])
+        if rest:
+            raise ModelError(
+                f"The tensor {self.name} ({self.dtype}, {list(self.shape)}) has rows that are no whole bytes; "
+                "prune the model before it is quantised."
+            )
+        return width
+
+    def with_rows(self, num_rows: int) -> Tensor:
+        """This entry with another number of rows, at the same start."""
+        shape = list(self.shape)
+        shape[self.row_axis] = num_rows
+        return replace(self, shape=tuple(shape), end=self.start + num_rows * self.row_bytes)
 
 
-@dataclass(frozen=True)
-class VocabularyLayout:
-    """Which tensors of an architecture have one row a token."""
-
-    names: frozenset[str]  # in the checkpoint's spelling
-    params_before: int  # tied matrices counted once
-    params_after: int
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members; JSON readers differ in which of two equal names they believe."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' stands there twice")
+    return result
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -65,7 +90,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             pass
         with path.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length))
+            header = json.loads(handle.read(length), object_pairs_hook=_unique)
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise ModelError(f"{path} is not a sound safetensors file ({error}); fetch it again.") from error
     metadata = header.pop("__metadata__", None) or {}
@@ -88,10 +113,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def shards(base: Path) -> list[Path]:
     """The weight files of a model directory; raises `ModelError` if there are none that are safe to read."""
     if (base / INDEX).is_file():
-        weight_map = read_json(base / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{base / INDEX} has no weight_map; fetch it again.")
-        names = sorted({str(name) for name in weight_map.values()})
+        weight_map = _weight_map(base / INDEX)
+        names = sorted(set(weight_map.values()))
         for name in names:
             # Loaders open whatever stands here; '../x' or '/x' would reach outside the directory.
             if Path(name).name != name or "\\" in name or name in {"", ".", ".."}:
@@ -101,7 +124,14 @@ def shards(base: Path) -> list[Path]:
             if not (base / name).is_file():
                 raise ModelError(f"{base} lacks the weight file {name} that its index names; fetch it again.")
         found = [base / name for name in names]
-        where = {name: path.name for path in found for name in read_header(path)[0]}
+        where: dict[str, str] = {}
+        for path in found:
+            for name in read_header(path)[0]:
+                if name in where:
+                    raise ModelError(
+                        f"{base} holds {name} twice, in {where[name]} and {path.name}; fetch it again."
+                    )
+                where[name] = path.name
         if missing := sorted(name for name, file in weight_map.items() if where.get(name) != file):
             raise ModelError(
                 f"{base / INDEX} says that {missing[0]} is in {weight_map[missing[0]]}; it is not there."
@@ -117,80 +147,16 @@ def shards(base: Path) -> list[Path]:
     raise ModelError(f"{base} has no weights; it needs {SINGLE}, or shards with {INDEX}.")
 
 
-def vocabulary_layout(base: Path, pruned: Path, files: list[Path]) -> VocabularyLayout:
-    """Find the tensors with vocabulary rows from the configurations in `base` and `pruned`.
-
-    Raises `ModelError` for an unknown architecture, and when anything but the input embeddings, the output
-    embeddings and the output bias depends on the vocabulary: better no model than one pruned by half.
-    """
-    before, after = meta_model(base), meta_model(pruned)
-    old_shapes = {name: tuple(tensor.shape) for name, tensor in before.state_dict().items()}
-    new_shapes = {name: tuple(tensor.shape) for name, tensor in after.state_dict().items()}
-    changed = {name for name in old_shapes if old_shapes[name] != new_shapes.get(name)}
-    inputs, outputs = before.get_input_embeddings(), before.get_output_embeddings()
-    if outputs is None:
-        raise ModelError(
-            f"{base}: {type(before).__name__} has no output embeddings; prune a causal language model."
-        )
-    known = [inputs.weight, outputs.weight, getattr(outputs, "bias", None)]
-    state = before.state_dict(keep_vars=True)
-    expected = {
-        name for name, tensor in state.items() if any(tensor is one for one in known if one is not None)
-    }
-    if changed and (strange := sorted(changed ^ expected)):  # nothing changes when every row is kept
-        raise ModelError(
-            f"{base}: the tensor {strange[0]} of {type(before).__name__} does not follow the vocabulary as embeddings "
-            "do; pruning this architecture is not supported."
-        )
-    rows = int(inputs.weight.shape[0])
-
-    names: set[str] = set()
-    seen: set[str] = set()
-    for path in files:
-        for tensor in read_header(path)[0].values():
-            name = _model_name(tensor.name, old_shapes, before.base_model_prefix)
-            if name in expected:
-                if tensor.shape != old_shapes[name]:
-                    raise ModelError(
-                        f"{path}: {tensor.name} has the shape {list(tensor.shape)}, and config.json asks for "
-                        f"{list(old_shapes[name])}; the two do not belong together."
-                    )
-                names.add(tensor.name)
-                seen.add(name)
-            elif name not in old_shapes and rows in tensor.shape:
-                raise ModelError(
-                    f"{path}: {tensor.name} has the vocabulary's size ({rows:,}) in its shape {list(tensor.shape)} and "
-                    f"is unknown to {type(before).__name__}; pruning would leave it behind, so nothing was done."
-                )
-    # One file entry is enough for a tied matrix, under either of its names.
-    if lacking := sorted(name for name in expected if all(state[name] is not state[one] for one in seen)):
-        raise ModelError(f"{base} has no weights for {lacking[0]}; fetch the model again.")
-    params_before, params_after = (sum(p.numel() for p in model.parameters()) for model in (before, after))
-    return VocabularyLayout(frozenset(names), params_before, params_after)
-
-
-def meta_model(directory: Path) -> Any:
-    """The causal language model that config.json describes, without memory behind its tensors."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    read_json(directory / "config.json")
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor name → file name, as an index says."""
     try:
-        with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError, AssertionError) as error:
-        raise ModelError(
-            f"{directory / 'config.json'} does not describe a causal language model that transformers knows: {error}"
-        ) from error
-
-
-def _model_name(name: str, names: dict[str, Any], prefix: str) -> str:
-    """A checkpoint's tensor name as the model spells it; checkpoints may lack or have the base-model prefix."""
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if candidate in names:
-            return candidate
-    return name
+        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except ValueError as error:
+        raise ModelError(f"{path} is not a sound index ({error}); fetch it again.") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{path} has no weight_map; fetch it again.")
+    return {name: str(file) for name, file in weight_map.items()}
 
 
 def select_rows(
@@ -209,72 +175,74 @@ def select_rows(
             header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
             offset = 0
             for tensor in tensors.values():
-                new = tensor
-                if tensor.name in vocabulary:
-                    new = replace(tensor, shape=(len(new_to_old), *tensor.shape[1:]))
-                num_bytes = (
-                    tensor.row_bytes * len(new_to_old) if new is not tensor else tensor.end - tensor.start
-                )
+                new = tensor.with_rows(len(new_to_old)) if tensor.name in vocabulary else tensor
                 header[tensor.name] = {
-                    "dtype": tensor.dtype,
+                    "dtype": new.dtype,
                     "shape": list(new.shape),
-                    "data_offsets": [offset, offset + num_bytes],
+                    "data_offsets": [offset, offset + new.num_bytes],
                 }
-                offset += num_bytes
+                offset += new.num_bytes
                 weight_map[tensor.name] = path.name
-                total_params += int(np.prod(new.shape, dtype=np.int64))
+                total_params += math.prod(new.shape)
             total_bytes += offset
             text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
             text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-            with path.open("rb", buffering=0) as reader, (out / path.name).open("wb") as writer:
+            with path.open("rb", buffering=0) as reader, (out / path.name).open("wb", buffering=0) as writer:
                 writer.write(struct.pack("<Q", len(text)) + text)
+                sink = _Sink(writer)
                 for tensor in tensors.values():
-                    ranges = [(tensor.start, tensor.end)]
-                    if tensor.name in vocabulary:
-                        ranges = list(_row_ranges(tensor, new_to_old))
-                    for start, end in ranges:
-                        for block in read_range(reader, start, end):
-                            writer.write(block)
-                    bar.advance((tensor.end - tensor.start) / 2**20)
+                    rows = new_to_old if tensor.name in vocabulary else None
+                    for block in blocks(reader, byte_ranges(tensor, rows)):
+                        sink.write(block)
+                    bar.advance(tensor.num_bytes / 2**20)
     if len(files) > 1 or files[0].name != SINGLE:
-        old = read_json(files[0].parent / INDEX)
+        old = json.loads((files[0].parent / INDEX).read_bytes())
         totals = {"total_size": total_bytes, "total_parameters": total_params}
         kept = {key: totals.get(key, value) for key, value in (old.get("metadata") or {}).items()}
         write_json(out / INDEX, {"metadata": kept, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _row_ranges(tensor: Tensor, rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the rows, neighbouring rows joined."""
-    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
-        if len(run):
-            yield (
-                tensor.start + int(run[0]) * tensor.row_bytes,
-                tensor.start + (int(run[-1]) + 1) * tensor.row_bytes,
-            )
+class _Sink:
+    """Writes all of each block, and asks the system to begin writing to the disk long before the closing fsync."""
+
+    def __init__(self, writer: io.FileIO) -> None:
+        self.writer, self.done, self.flushed = writer, 0, 0
+
+    def write(self, block: memoryview) -> None:
+        while block:
+            written = self.writer.write(block)
+            block = block[written:]
+            self.done += written
+        if self.done - self.flushed >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+            # On Linux this starts writing dirty pages and drops clean ones alone, so the proof still reads memory.
+            os.posix_fadvise(self.writer.fileno(), self.flushed, _FLUSH_BYTES, os.POSIX_FADV_DONTNEED)
+            self.flushed += _FLUSH_BYTES
 
 
-def read_range(reader: BinaryIO | Any, start: int, end: int) -> Iterator[bytes]:
-    """The bytes [start, end) of an open file, in blocks."""
-    reader.seek(start)
-    while start < end:
-        block = reader.read(min(BLOCK_BYTES, end - start))
-        if not block:
-            raise ModelError(f"{reader.name} ends before its header says; fetch it again.")
-        start += len(block)
-        yield block
+def byte_ranges(tensor: Tensor, rows: NDArray[np.int64] | None) -> Iterator[tuple[int, int]]:
+    """Where the tensor (or its `rows`, neighbours joined) lies in its file, in order."""
+    if rows is None:
+        yield tensor.start, tensor.end
+        return
+    width, borders = tensor.row_bytes, np.flatnonzero(np.diff(rows) != 1) + 1
+    firsts = rows[np.concatenate([[0], borders])] * width + tensor.start
+    lasts = (rows[np.concatenate([borders - 1, [len(rows) - 1]])] + 1) * width + tensor.start
+    yield from zip(firsts.tolist(), lasts.tolist(), strict=True)
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and remarks off the screen while the block runs."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    restore: Callable[[], None] = logging.enable_progress_bar if bars else logging.disable_progress_bar
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        restore()
+def blocks(reader: io.FileIO, ranges: Iterator[tuple[int, int]]) -> Iterator[memoryview]:
+    """The bytes of `ranges` of an unbuffered file, joined into blocks; each is valid until the next is asked for."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    filled = 0
+    for start, end in ranges:
+        reader.seek(start)
+        while start < end:
+            count = reader.readinto(buffer[filled : filled + end - start])
+            if not count:
+                raise ModelError(f"{reader.name} ends before its header says; fetch it again.")
+            start, filled = start + count, filled + count
+            if filled == BLOCK_BYTES:
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]

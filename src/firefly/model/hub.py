@@ -1,0 +1,29 @@
+"""Where a base model lies: a directory here, the embedded one, or a hub name to download. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from firefly.errors import ModelError
+from firefly.files import locate
+
+
+def resolve(name: str) -> Path:
+    """The local directory of a base model: a path, `demo:…`, or a hub name (downloaded, safetensors only)."""
+    path = locate(name)
+    if path.is_dir():
+        return path
+    if name.startswith(("demo:", ".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"The model directory {name} does not exist; give a directory, or a hub name like owner/model."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name} is neither a directory here nor could it be fetched from the hub ({type(error).__name__}); "
+            "check the spelling and the network, or download it and give its directory."
+        ) from error
