@@ -124,6 +124,32 @@ def test_bom_and_crlf_are_read(toml: Callable[..., str], tmp_path: Path) -> None
     assert api.data(recipe).stages["dataset"].result["train"] > 90
 
 
+def test_ctrl_c_says_that_what_is_done_is_kept(
+    toml: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("firefly.app.pipeline.encode_dataset", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", toml()])
+    assert stopped.value.code == 130
+    assert "run the same command to go on" in capsys.readouterr().err
+
+
+def test_small_slips(
+    toml: Callable[..., str],
+    tiny: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "is a directory" in fails(capsys, "run", str(tmp_path))
+    assert "prompt is empty" in fails(capsys, "chat", str(tiny("bloom")), "--prompt", " ")
+    assert "run `firefly train`" in fails(capsys, "evaluate", toml())
+    assert "train.adam_epsilon" in fails(capsys, "train", toml(), "train.adam_epsilon=inf")
+    assert "train.seed" in fails(capsys, "train", toml(), "train.seed=99999999999999999999")
+
+
 def test_bad_recipes(toml: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'learning_rate'" in fails(capsys, "train", toml(), "train.learning_rat=1")
     assert "does not exist" in fails(capsys, "run", str(tmp_path / "nothing.toml"))

@@ -47,6 +47,11 @@ def test_shell_commands_run(
     assert not stopped.value.code, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_nothing_is_left_to_fill_in(name: str) -> None:
+    assert "@@" not in (ROOT / name).read_text("utf-8")
+
+
 def test_both_begin_with_the_two_commands() -> None:
     targets = (ROOT / "Makefile").read_text("utf-8")
     for name in READMES:

@@ -57,6 +57,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 96,
         "tie_word_embeddings": False,
     },
+    "mistral": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "sliding_window": None,
+    },
+    "qwen2": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+    },
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BloomConfig, BloomForCausalLM
 
-from firefly.data.chatformat import TEMPLATE
+from firefly.data.chatformat import template
 from firefly.files import read_json_lines
 
 TEXTS = (
@@ -92,7 +92,7 @@ def main() -> None:
     (options.out / "tokenizer_config.json").write_text(
         json.dumps(settings, indent=2) + "\n", encoding="utf-8"
     )
-    (options.out / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (options.out / "chat_template.jinja").write_text(template("<s>", "</s>"), encoding="utf-8")
 
     torch.manual_seed(options.seed)
     config = BloomConfig(

@@ -11,6 +11,7 @@ A recipe is a path, with `section.key=value` overrides, or a `Recipe`. What the 
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from firefly.errors import ModelError
 from firefly.recipe import GenerationSection, Recipe
 
 if TYPE_CHECKING:  # the functions import what they need, so that `firefly --help` is instant
@@ -117,12 +119,23 @@ def run(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:
 
 
 def evaluate(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:
-    """Evaluate a recipe's model on held-out data, before against after; give the recipe or its output directory."""
+    """Evaluate a trained model on held-out data, before against after; give the recipe or its output directory.
+
+    Raises `ModelError` when nothing was trained yet.
+    """
     from firefly.app.pipeline import run_stages
 
     if not isinstance(recipe, Recipe) and Path(recipe).is_dir():
-        recipe = Path(recipe) / "recipe.toml"
-    return run_stages(_recipe(recipe, overrides))
+        place = Path(recipe)
+        if not (place / "recipe.toml").is_file():
+            raise ModelError(
+                f"{place} is not a run's output directory (no recipe.toml in it); check the path."
+            )
+        recipe, overrides = place / "recipe.toml", [*overrides, f"output_dir={json.dumps(str(place))}"]
+    made = _recipe(recipe, overrides)
+    if not (made.out / "model").is_dir():
+        raise ModelError(f"{made.out} has no trained model yet; run `firefly train` with this recipe first.")
+    return run_stages(made)
 
 
 def chat(

@@ -7,8 +7,11 @@ sentence and exit status 1; a usage error is 2; a run stopped by a signal is 128
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +47,22 @@ Overrides = Annotated[
 ]
 
 
+def _keeps_what_is_done(verb: Callable[..., None]) -> Callable[..., None]:
+    """Ctrl-C ends a verb with a word and a status that say what it was."""
+
+    @functools.wraps(verb)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        try:
+            verb(*arguments, **options)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "interrupted; finished stages and checkpoints are kept, run the same command to go on.",
+                signal.SIGINT,
+            ) from None
+
+    return guarded
+
+
 def _show(result: Any, as_json: bool, lines: Callable[[Any], list[str]]) -> None:
     """Print a typed result: as JSON, or as lines for a person."""
     if as_json:
@@ -61,12 +80,24 @@ def _stage_lines(result: Any) -> list[str]:
     return [f"{result.name}: {result.output}", *rows]
 
 
+def _score_lines(result: Any) -> list[str]:
+    """Stages, then bits per byte of every task, model after model."""
+    models = result.stages["evaluate"].result["models"]
+    kinds = {kind: None for scores in models.values() for kind in scores["held_out"]}
+    rows = [f"{'bits per byte':20}" + "".join(f"{name:>9}" for name in models)]
+    for kind in kinds:
+        values = (scores["held_out"][kind]["bits_per_byte"] for scores in models.values())
+        rows.append(f"{kind:20}" + "".join(f"{value:9.3f}" for value in values))
+    return [*_stage_lines(result), "", *rows, f"report: {result.output}/evaluation/report.html"]
+
+
 @app.command(
     epilog=_examples(
         "firefly demo",
         "firefly demo --output out/again train.learning_rate=1e-3",
     )
 )
+@_keeps_what_is_done
 def demo(
     overrides: Overrides = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Output directory (out/demo).")] = None,
@@ -105,6 +136,7 @@ def _size_lines(table: Any) -> list[str]:
         "firefly prune google/gemma-3-1b-it out/gemma-zh --corpus texts/ --coverage 0.9999 --keep-script Digits",
     )
 )
+@_keeps_what_is_done
 def prune(
     model: Annotated[str, typer.Argument(help="A model directory, a hub name, or demo:base.")],
     output: Annotated[Path | None, typer.Argument(help="The directory to write.", show_default=False)] = None,
@@ -123,7 +155,7 @@ def prune(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Or: keep the tokens of the tokenizer in this directory.")
     ] = None,
-    pad_to_multiple: Annotated[int, typer.Option(help="Make the size a multiple of this.")] = 1,
+    pad_to_multiple: Annotated[int, typer.Option(min=1, help="Make the size a multiple of this.")] = 1,
     keep_file: Annotated[Path | None, typer.Option(help="Further tokens to keep, one a line.")] = None,
     keep_script: Annotated[
         str, typer.Option(help="Keep every token in these scripts, such as Han,Latin,Digits.")
@@ -180,6 +212,7 @@ def prune(
         "firefly data recipes/firefly-1b4.toml",
     )
 )
+@_keeps_what_is_done
 def data(
     recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
@@ -194,6 +227,7 @@ def data(
         "firefly train recipes/firefly-1b4.toml train.learning_rate=2e-5",
     )
 )
+@_keeps_what_is_done
 def train(
     recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
@@ -208,6 +242,7 @@ def train(
         "firefly run recipes/firefly-2b6.toml output_dir=out/mine",
     )
 )
+@_keeps_what_is_done
 def run(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
     """Run every stage of a recipe, each skipped when it is already done."""
     console.quiet(quiet)
@@ -220,6 +255,7 @@ def run(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, 
         "firefly evaluate recipes/demo.toml evaluate.generations_per_kind=50",
     )
 )
+@_keeps_what_is_done
 def evaluate(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE|DIR", help="A recipe, or the output directory of a run.")
@@ -230,7 +266,7 @@ def evaluate(
 ) -> None:
     """Measure a recipe's model on held-out data, before against after training."""
     console.quiet(quiet)
-    _show(api.evaluate(recipe, overrides or []), as_json, _stage_lines)
+    _show(api.evaluate(recipe, overrides or []), as_json, _score_lines)
 
 
 @app.command(
@@ -239,6 +275,7 @@ def evaluate(
         'firefly chat out/demo --prompt "对下联：白日依山尽" --temperature 0.7',
     )
 )
+@_keeps_what_is_done
 def chat(
     model: Annotated[str, typer.Argument(help="A model directory, or the output directory of a run.")],
     prompt: Annotated[
@@ -275,6 +312,7 @@ def chat(
         "firefly version --json",
     )
 )
+@_keeps_what_is_done
 def version(as_json: Json = False, quiet: Quiet = False) -> None:
     """Versions of Firefly and of what decides about its results."""
     console.quiet(quiet)
@@ -287,17 +325,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a `FireflyError` becomes one sentence on stderr and exit status 1."""
     # On a machine that does other work too, threads that wait by spinning cost several times the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show Chinese shows ?
     try:
         app(arguments)
     except FireflyError as error:
         _fail(f"error: {error}", 1)
     except Interrupted as stop:
         _fail(str(stop), 128 + stop.signal_number)
-    except KeyboardInterrupt:
-        _fail("interrupted; finished stages and checkpoints are kept, run the same command to go on.", 130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        _fail(f"error: the system refused: {error}; free the disk, or check the path's rights.", 1)
 
 
 def _fail(message: str, status: int) -> None:

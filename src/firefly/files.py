@@ -25,7 +25,15 @@ from safetensors import SafetensorError
 from firefly.errors import InputError, OutputError
 
 _REFUSED = re.compile(r"os error (\d+)")  # how safetensors' own writer tells of the system's refusal
-_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+_UNWRITABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -117,14 +125,14 @@ def directory_atomic(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def exclusive(directory: Path, what: str) -> Iterator[None]:
+def exclusive(directory: Path, what: str, lock: str = ".lock") -> Iterator[None]:
     """Hold `directory` for this process alone; raises `OutputError` when another one works there.
 
     The lock goes with the process, so a killed one leaves nothing to clean up.
     """
     with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / ".lock").open("w")
+        handle = (directory / lock).open("w")
     with handle:
         if os.name == "posix":
             import fcntl
@@ -246,7 +254,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{path}, line {number}: not valid JSON ({error}); write one JSON object a line."
             ) from error

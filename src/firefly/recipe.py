@@ -24,14 +24,15 @@ Kind = Literal["sft", "pretrain"]
 class Section(BaseModel):
     """One table of the recipe: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
     """The base model."""
 
     base: str = Field(
-        description="a model directory in Hugging Face layout, a hub name, or 'demo:base', the embedded base"
+        min_length=1,
+        description="a model directory in Hugging Face layout, a hub name, or 'demo:base', the embedded base",
     )
 
 
@@ -122,7 +123,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute each layer in the backward pass: less memory, a third more time"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=42, description="order of the samples")
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(default=42, description="order of the samples")
     logging_steps: Annotated[int, Field(ge=1)] = Field(default=10, description="steps between log lines")
     eval_steps: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="steps between validations; always one at the end"
@@ -130,7 +131,7 @@ class TrainSection(Section):
     save_steps: Annotated[int, Field(ge=1)] = Field(default=500, description="steps between checkpoints")
     save_total_limit: Annotated[int, Field(ge=1)] = Field(default=2, description="checkpoints kept")
     resume_from_checkpoint: Literal["auto", "never"] = Field(
-        default="auto", description="auto: go on from the newest good checkpoint of this run"
+        default="auto", description="auto: go on from the newest checkpoint of this run"
     )
     report_to: list[Literal["tensorboard"]] = Field(default=["tensorboard"])
 
@@ -143,7 +144,7 @@ class GenerationSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.35
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.85
     repetition_penalty: Annotated[float, Field(ge=1)] = 1.2
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 42
 
 
 class EvaluateSection(Section):
@@ -159,7 +160,9 @@ class Recipe(Section):
     """A whole run: model → prune → data → train → evaluate."""
 
     name: str = Field(min_length=1, description="the run's name")
-    output_dir: str = Field(description="where every result goes; relative to the current folder")
+    output_dir: str = Field(
+        min_length=1, description="where every result goes; relative to the current folder"
+    )
     model: ModelSection
     prune: PruneSection | None = None
     data: DataSection
@@ -176,10 +179,12 @@ class Recipe(Section):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Read a TOML recipe and apply overrides such as `train.learning_rate=2e-5`.
 
-        Relative source, corpus and base paths that exist beside the recipe are resolved against its folder.
+        Relative source, corpus and base paths are looked for beside the recipe, then in the current folder.
         Raises `RecipeError` with every mistake at once.
         """
         path = Path(path)
+        if path.is_dir():
+            raise RecipeError(f"{path} is a directory; name the recipe's TOML file in it.")
         if not path.is_file():
             raise RecipeError(
                 f"The recipe {path} does not exist; recipes are TOML files, see the folder recipes/."
@@ -236,13 +241,13 @@ def _apply(table: dict[str, Any], override: str) -> None:
 
 
 def _anchor_paths(table: dict[str, Any], folder: Path) -> None:
-    """Resolve relative input paths against the recipe's folder, so that a recipe runs from anywhere."""
+    """Make input paths absolute, so that the recipe, frozen beside its results, means the same from anywhere."""
 
     def anchored(value: Any) -> Any:
         if not isinstance(value, str) or value.startswith("demo:") or Path(value).is_absolute():
             return value
-        beside = folder / value
-        return str(beside) if beside.exists() else value
+        here = next((place for place in (folder / value, Path(value)) if value and place.exists()), None)
+        return str(here.absolute()) if here else value
 
     model, prune, data = (table.get(section) for section in ("model", "prune", "data"))
     if isinstance(model, dict) and "base" in model:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from firefly import api
 from firefly.app.pipeline import STAGES, RunResult
-from firefly.errors import OutputError
+from firefly.errors import ModelError, OutputError, RecipeError
 from firefly.files import exclusive, sha256_file
 from firefly.recipe import Recipe
 from tiny import recipe_table, write_pairs
@@ -69,9 +69,33 @@ def test_what_is_done_is_skipped_and_what_changed_is_redone(make: Make) -> None:
     assert skipped(api.data(make())) == []
 
 
-def test_evaluate_takes_the_output_directory(make: Make, tmp_path: Path) -> None:
+def test_evaluate_takes_the_output_directory(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From wherever it is asked, and wherever the directory has gone since."""
     api.run(make())
-    assert skipped(api.evaluate(tmp_path / "out")) == list(STAGES)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert skipped(api.evaluate("../out")) == list(STAGES)
+    (tmp_path / "out").rename(tmp_path / "流萤 moved")
+    assert skipped(api.evaluate("../流萤 moved")) == list(STAGES)
+    assert not any((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "out").exists()
+
+
+def test_evaluate_never_trains(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="run `firefly train`"):
+        api.evaluate(make())
+    with pytest.raises(ModelError, match="not a run's output directory"):
+        api.evaluate(tmp_path)
+
+
+def test_nothing_held_out_is_told_before_any_work(make: Make, tmp_path: Path) -> None:
+    made = make()
+    without = made.model_copy(update={"data": made.data.model_copy(update={"validation_fraction": 0.0})})
+    with pytest.raises(RecipeError, match="nothing to evaluate"):
+        api.run(without)
+    assert not (tmp_path / "out").exists()
+    assert api.train(without).stages["train"].result["validation"] == {}
 
 
 def test_the_finished_model_is_plain_hugging_face(make: Make, tmp_path: Path) -> None:

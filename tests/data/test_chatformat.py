@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from firefly.data.chatformat import TEMPLATE, render, render_many
+from firefly.data.chatformat import render, render_many, template
 from firefly.data.example import Message
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.errors import ModelError
@@ -69,7 +69,7 @@ def test_jinja_form_is_identical(
         return
     messages = turns(*contents, system=system)
     theirs = AutoTokenizer.from_pretrained(tiny("bloom"))
-    theirs.chat_template = TEMPLATE
+    theirs.chat_template = template("<s>", "</s>")
     ids = theirs.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in messages], tokenize=True
     )
@@ -97,8 +97,11 @@ def test_real_tokenizers(shared: Path) -> None:
     rendered = render(turns("你好", "你好呀"), qwen)
     assert rendered.ids[0] == qwen.bos_id == qwen.eos_id
     theirs = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen3")
-    text = f"{qwen.eos_token}你好{qwen.eos_token}{qwen.eos_token}你好呀{qwen.eos_token}"
-    assert rendered.ids == theirs(text, add_special_tokens=False)["input_ids"]
+    theirs.chat_template = template(qwen.bos_token, qwen.eos_token)
+    for messages in (turns("你好", "你好呀", system="简短"), [Message("assistant", "春眠")]):
+        dicts = [{"role": m.role, "content": m.content} for m in messages]
+        text = theirs.apply_chat_template(dicts, tokenize=False)
+        assert render(messages, qwen).ids == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 def test_directories_without_tokenizer(tmp_path: Path) -> None:

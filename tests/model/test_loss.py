@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,9 +56,8 @@ def test_bf16_is_no_worse_than_the_naive_bf16_path() -> None:
     assert abs(float(ours - exact)) <= 1.5 * abs(float(naive - exact)) + 1e-3
 
 
-@pytest.mark.parametrize("rows", [0])
-def test_no_learned_token_is_zero(rows: int) -> None:
+def test_no_learned_token_is_zero() -> None:
     total, each = linear_cross_entropy(
-        torch.zeros(rows, 4, requires_grad=True), torch.ones(5, 4), torch.zeros(0, dtype=torch.long)
+        torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4), torch.zeros(0, dtype=torch.long)
     )
-    assert float(total) == 0.0 and each.shape == (0,)
+    assert float(total.detach()) == 0.0 and each.shape == (0,)

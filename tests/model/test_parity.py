@@ -17,7 +17,7 @@ from firefly.model.load import load_model, save_model, transformers_model
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss, token_losses
 
-FAMILIES = ["bloom", "qwen3", "llama"]
+FAMILIES = ["bloom", "qwen3", "llama", "mistral", "qwen2"]
 CPU = torch.device("cpu")
 
 
@@ -103,7 +103,7 @@ def test_plain_transformers_does_leak(tiny: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_tokens_contribute_nothing(tiny: Callable[[str], Path], family: str) -> None:
-    """Changing what a masked position should predict changes neither loss nor gradient."""
+    """The loss is that of the learned tokens alone, whatever the others would have cost."""
     model = load_model(tiny(family))
     ids, mask = sample(20, seed=3, learned=6)
     batch = packed(pack([(ids, mask)]))
@@ -112,7 +112,7 @@ def test_masked_tokens_contribute_nothing(tiny: Callable[[str], Path], family: s
     everything, _ = batch_loss(model, packed(pack([(ids, np.ones(20, bool))])))
     each = token_losses(model, packed(pack([(ids, np.ones(20, bool))])))
     torch.testing.assert_close(loss, each[13:].sum(), atol=1e-4, rtol=1e-5)
-    assert float(everything) > float(loss)
+    assert float(everything.detach()) > float(loss.detach())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

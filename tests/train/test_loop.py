@@ -189,9 +189,21 @@ def test_flipped_byte_in_a_checkpoint_is_found(recipe: Callable[..., Recipe]) ->
 
 
 def test_checkpoint_of_another_recipe_is_refused(recipe: Callable[..., Recipe]) -> None:
-    api.train(recipe())
-    with pytest.raises(CheckpointError, match="another recipe, base model or data"):
+    """And nothing is touched: the old recipe still finds everything done."""
+    first = recipe()
+    api.train(first)
+    with pytest.raises(CheckpointError, match=r"differs in train\.learning_rate \(0\.01 → 0\.0001\)"):
         api.train(recipe(learning_rate=1e-4))
+    assert all(stage.skipped for stage in api.train(first).stages.values())
+    assert Recipe.load(first.out / "recipe.toml") == first
+
+
+def test_checkpoint_of_other_data_is_refused(recipe: Callable[..., Recipe]) -> None:
+    made = recipe()
+    api.train(made)
+    write_pairs(Path(made.data.sources[0].path), seed=7)
+    with pytest.raises(CheckpointError, match="another recipe, base model or data"):
+        api.train(made)
 
 
 def test_another_tokenizer_is_an_error(recipe: Callable[..., Recipe]) -> None:

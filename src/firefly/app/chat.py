@@ -85,6 +85,10 @@ def chat(
     `model/` is meant then. Raises `ModelError` for a directory that cannot be used, `InputError` for a prompt
     that is longer than the model's context.
     """
+    if prompt is not None and not prompt.strip():
+        raise InputError("The prompt is empty; write what you want to ask.")
+    if prompt is None and sys.stdin is None:
+        raise InputError("There is no standard input to read messages from; give one, or a prompt.")
     directory = model_directory(model_dir)
     if prompt is None and sys.stdin.isatty():
         say(f"Opening {directory} …")

@@ -65,7 +65,8 @@ def summarise(recipe: Recipe, run: RunResult) -> DemoResult:
     stages = {name: stage.result for name, stage in run.stages.items()}
     pruned, evaluated = stages["prune"], stages["evaluate"]
     before, after = (evaluated["models"][name]["held_out"] for name in ("base", "tuned"))
-    samples = [next(s for s in evaluated["samples"] if s["kind"] == kind) for kind in _SHOWN]
+    first = {sample["kind"]: sample for sample in reversed(evaluated["samples"])}
+    samples = [first[kind] for kind in _SHOWN if kind in first]
     counts = stages["dataset"]["kinds"]
     return DemoResult(
         output=run.output,

@@ -1,8 +1,9 @@
 """The pipeline: dataset → prune → tokens → train → evaluate, each stage skipped when it is already done.
 
 Every stage writes its result atomically and then leaves a stamp, `OUT/.stages/NAME.json`, with a fingerprint of
-all it depended on. A stage whose fingerprint still holds is skipped; a changed recipe, source or base redoes it
-and whatever comes after. Killed anywhere and run again, a run ends with the same bytes.
+all it depended on. A stage whose fingerprint still holds is skipped; a changed source or option redoes it and
+whatever comes after. A run with checkpoints keeps its recipe: another one is refused before anything is touched.
+Killed anywhere and run again, a run ends with the same bytes.
 
     OUT/dataset   examples, rejects, card.json         OUT/run         checkpoints, metrics, loss.png
     OUT/pruned    the pruned base, prune.json          OUT/model       the finished model directory
@@ -22,14 +23,15 @@ import firefly
 from firefly.console import say
 from firefly.data.dataset import build_dataset
 from firefly.data.tokens import encode_dataset
-from firefly.errors import OutputError
+from firefly.errors import CheckpointError, OutputError, RecipeError
 from firefly.evaluate.run import evaluate
 from firefly.files import exclusive, locate, sha256_file, sha256_json, write_atomic, write_json, writing_to
 from firefly.model.hub import resolve
 from firefly.model.load import check_model, weight_files
 from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
-from firefly.train.loop import train
+from firefly.train.checkpoint import find_checkpoints
+from firefly.train.loop import HARMLESS, train
 
 StageName = Literal["dataset", "prune", "tokens", "train", "evaluate"]
 STAGES: tuple[StageName, ...] = ("dataset", "prune", "tokens", "train", "evaluate")
@@ -58,10 +60,16 @@ def run_stages(recipe: Recipe, until: StageName = "evaluate") -> RunResult:
 
     Raises a `FireflyError` for anything the user can mend; what was finished before stays.
     """
+    if until == "evaluate" and recipe.data.validation_fraction == 0:
+        raise RecipeError(
+            "data.validation_fraction = 0 holds nothing out, so there would be nothing to evaluate; "
+            "set it above 0, or stop after training with `firefly train`."
+        )
     base = resolve(recipe.model.base)
     check_model(base)
     _claim(recipe.out)
     with exclusive(recipe.out, "a Firefly run"):
+        _refuse_another_recipe(recipe)
         write_atomic(recipe.out / "recipe.toml", recipe.to_toml())
         line = _Line(recipe)
         for name in STAGES[: STAGES.index(until) + 1]:
@@ -81,6 +89,30 @@ def _claim(out: Path) -> None:
         )
     with writing_to(out):
         mine.mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_another_recipe(recipe: Recipe) -> None:
+    """A run with checkpoints goes on with the recipe it began with, and never mixes two."""
+    frozen = recipe.out / "run" / "recipe.toml"
+    if not frozen.is_file() or not find_checkpoints(frozen.parent):
+        return
+    before, now = (_what_counts(one) for one in (Recipe.load(frozen), recipe))
+    changed = [
+        f"{name} ({before.get(name)} → {now.get(name)})" for name in now if now[name] != before.get(name)
+    ]
+    changed += [f"{name} ({before[name]} → none)" for name in before if name not in now]
+    if changed:
+        raise CheckpointError(
+            f"{frozen.parent} holds checkpoints of a run with another recipe, which differs in {', '.join(changed)}; "
+            "choose another output_dir, undo the change, or delete that run."
+        )
+
+
+def _what_counts(recipe: Recipe) -> dict[str, Any]:
+    """The options that decide about the trained weights, by their full names."""
+    tables = recipe.model_dump(include={"model", "prune", "data", "train"}, exclude_none=True)
+    options = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    return {name: value for name, value in options.items() if name.removeprefix("train.") not in HARMLESS}
 
 
 class _Line:

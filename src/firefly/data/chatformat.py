@@ -5,31 +5,37 @@ The article's format, one turn after the other, the loss on `target</s>` alone:
     <s>input</s></s>target</s>
 
 A system message stands before the first input, set off by a blank line. A plain text is `<s>text</s>`.
-`TEMPLATE` says the same in Jinja and is written into every model directory; a test holds both to identity.
+`template` says the same in Jinja and is written into every model directory; a test holds both to identity.
 Text is encoded apart from the special tokens around it, so that a user who types `</s>` writes four characters.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from firefly.data.example import Message
 from firefly.data.tokenizer import ModelTokenizer
 
-TEMPLATE = (
+_TEMPLATE = (
     "{%- set first = namespace(system='') -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}"
     "{%- set first.system = message['content'] + '\\n\\n' -%}"
     "{%- elif message['role'] == 'user' -%}"
-    "{{ bos_token + first.system + message['content'] + eos_token + eos_token }}"
+    "{{ BOS + first.system + message['content'] + EOS + EOS }}"
     "{%- set first.system = '' -%}"
     "{%- else -%}"
-    "{{ message['content'] + eos_token }}"
+    "{{ (BOS if messages | length == 1 else '') + message['content'] + EOS }}"
     "{%- endif -%}"
     "{%- endfor -%}"
 )
+
+
+def template(bos_token: str, eos_token: str) -> str:
+    """The format in Jinja. The tokens stand in it as they are: not every tokenizer names a `bos_token`."""
+    return _TEMPLATE.replace("BOS", json.dumps(bos_token)).replace("EOS", json.dumps(eos_token))
 
 
 @dataclass(frozen=True, slots=True)

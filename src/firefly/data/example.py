@@ -6,7 +6,6 @@ On disk it is one JSON line. A single question and answer is written the way fir
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +57,6 @@ class Example:
     def target(self) -> str:
         """The last answer."""
         return self.messages[-1].content
-
-    @property
-    def content_hash(self) -> str:
-        """A hash of kind and messages alone: the same record has the same hash wherever it comes from."""
-        turns = [[message.role, message.content] for message in self.messages]
-        text = json.dumps([self.kind, turns], ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
     def to_json(self) -> str:
         """The record as one JSON line, without the line end."""

@@ -163,12 +163,14 @@ def import_firefly(path: Path, kind: str | None) -> Iterator[Imported]:
         example = Example.from_record(record, path, line, kind)
         example = replace(example, source=f"{path.name}:{line}")
         # By question: two answers to one question stay on one side of the split.
-        yield Whole(example, digest(normalised(example.input)))
+        yield Whole(example, digest(normalised(example.input or example.target)))
 
 
 def _from_alpaca(record: dict[str, Any], path: Path, line: int) -> dict[str, Any]:
     """Alpaca's fields, with earlier turns in `history`, as a record with messages."""
-    question = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
+    for name in ("instruction", "output"):
+        _text(record[name], name, f"{path}, line {line}")
+    question = "\n".join(str(part) for part in (record["instruction"], record.get("input")) if part)
     try:
         pairs = [*(record.get("history") or []), (question, record["output"])]
         turns = [

@@ -66,6 +66,11 @@ class ModelTokenizer:
         """Number of tokens, added ones included."""
         return int(self.rust.get_vocab_size())
 
+    @property
+    def highest_id(self) -> int:
+        """The highest token id; more than the number of tokens where ids have holes."""
+        return int(max(self.rust.get_vocab().values()))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, nothing added; a special token's name in the text stays plain text."""
         return list(self.rust.encode(text, add_special_tokens=False).ids)

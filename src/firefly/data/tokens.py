@@ -132,7 +132,7 @@ def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> 
     with directory_atomic(out) as place:
         kinds: dict[str, int] = {}
         cuts: Counter[tuple[str, str]] = Counter()
-        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        dtype = np.dtype(np.uint16 if tokenizer.highest_id < 1 << 16 else np.uint32)
         totals: dict[str, dict[str, int]] = {"samples": {}, "tokens": {}, "target_tokens": {}}
         lengths: list[int] = []
         for split in SPLITS:

@@ -27,7 +27,7 @@ from firefly.errors import InputError
 from firefly.evaluate.metrics import Answered, Scores, score
 from firefly.evaluate.report import text_table, write_report
 from firefly.evaluate.result import EvaluateResult, ModelScores, Sample
-from firefly.files import write_json
+from firefly.files import directory_atomic, write_json
 from firefly.model.generate import open_generator
 from firefly.model.load import load_model
 from firefly.model.score import loss_by_kind
@@ -59,8 +59,9 @@ def evaluate(
             samples.append(Sample(kind, example.input, example.target, given))
     scored = {name: ModelScores(held_out[name], judge(examples, answers[name])) for name in models}
     result = EvaluateResult(scored, samples, str(out / "report.html"))
-    write_report(result, out)
-    write_json(out / "results.json", asdict(result) | {"report": "report.html"})
+    with directory_atomic(out) as place:
+        write_report(result, place)
+        write_json(place / "results.json", asdict(result) | {"report": "report.html"})
     say(text_table(result))
     return result
 

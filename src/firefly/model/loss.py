@@ -81,4 +81,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         scale = gradients[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), (grad_head * scale).to(ctx.head_dtype), None
+        return (grad_hidden * scale).to(grad_hidden.dtype), (grad_head * scale).to(ctx.head_dtype), None

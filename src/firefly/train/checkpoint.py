@@ -78,7 +78,12 @@ def load_checkpoint(
     verify(path)
     stored = json.loads((path / "state.json").read_text(encoding="utf-8"))
     random = stored.pop("random")
-    state = TrainState(**stored)
+    try:
+        state = TrainState(**stored)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{path} was written by another version of Firefly; choose another output_dir."
+        ) from error
     if state.fingerprint != fingerprint:
         raise CheckpointError(
             f"{path} belongs to a run with another recipe, base model or data, so going on would mix the two; "

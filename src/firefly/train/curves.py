@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Metrics:
         if not self.path.is_file():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
                 rows.append(json.loads(line))
             except ValueError:
@@ -41,9 +42,9 @@ class Metrics:
         with writing_to(self.path):
             self.handle.write(json.dumps(row, ensure_ascii=False) + "\n")
             self.handle.flush()
-        if self.board is not None:
-            for name, value in _scalars(row):
-                self.board.add_scalar(name, value, row["step"])
+            if self.board is not None:
+                for name, value in _scalars(row):
+                    self.board.add_scalar(name, value, row["step"])
 
     def draw(self) -> None:
         """Draw loss.png from everything written so far."""
@@ -53,9 +54,11 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.handle.close()
+        with suppress(OSError):  # a full disk was told of when the row was written
+            self.handle.close()
         if self.board is not None:
-            self.board.close()
+            with suppress(OSError):
+                self.board.close()
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:

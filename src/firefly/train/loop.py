@@ -9,10 +9,10 @@ accumulation. A loss or gradient that is not finite stops the run *before* the u
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from firefly.console import progress, say, warn
-from firefly.data.chatformat import TEMPLATE
+from firefly.data.chatformat import template
 from firefly.data.loader import Batch, TrainingStream, in_order
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import Tokens
 from firefly.errors import CheckpointError, Interrupted, ModelError, TrainingError
 from firefly.files import sha256_file, sha256_json, write_atomic, write_json
-from firefly.model.families import CausalModel
+from firefly.model.families import CausalModel, transformers_model
 from firefly.model.load import load_model, num_parameters, save_model, stored_dtype, weight_files
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss, loss_by_kind
@@ -40,6 +40,11 @@ from firefly.train.checkpoint import TrainState, find_checkpoints, load_checkpoi
 from firefly.train.curves import Metrics
 from firefly.train.objectives import LEARNS_EVERY_TOKEN
 from firefly.train.optim import learning_rate_at, make_optimizer
+
+HARMLESS = frozenset(
+    {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to"}
+)
+"""Options of a run that may change from one start to the next: the losses do not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,20 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
         data, section.per_device_train_batch_size, section.seed, LEARNS_EVERY_TOKEN[section.objective]
     )
     total_steps = _total_steps(section, len(data))
+    if section.warmup_steps >= total_steps:
+        warn(
+            f"train.warmup_steps = {section.warmup_steps} and the run has {total_steps} steps: "
+            "the learning rate never reaches its peak; lower warmup_steps"
+        )
 
     model = load_model(model_dir, device)
-    if len(model.head) < tokenizer.vocab_size:
+    if len(model.head) <= tokenizer.highest_id:
         raise ModelError(
-            f"{model_dir} has {len(model.head)} embedding rows and its tokenizer {tokenizer.vocab_size} tokens; "
+            f"{model_dir} has {len(model.head)} embedding rows and its tokenizer the id {tokenizer.highest_id}; "
             "they are not of one model."
         )
     model.gradient_checkpointing = section.gradient_checkpointing
-    names = _unique_parameters(model)
+    names = dict(transformers_model(model).named_parameters())  # a tied matrix once
     optimizer = make_optimizer(names.values(), section)
 
     fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps)
@@ -120,13 +130,14 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
             if last or stop.asked or state.step % section.save_steps == 0:
                 saved = save_checkpoint(run, names, optimizer, state, section.save_total_limit)
                 metrics.draw()
-                if stop.asked and not last:
+                if stop.asked:
                     raise Interrupted(
                         f"stopped; {saved} is saved, run the same command to go on.", stop.asked
                     )
 
     export_dtype = stored_dtype(model_dir)
-    save_model(model, model_dir, out, TEMPLATE, export_dtype)
+    chat_template = template(tokenizer.bos_token, tokenizer.eos_token)
+    save_model(model, model_dir, out, chat_template, export_dtype)
     rows = metrics.rows()
     losses = [row["loss"] for row in rows if "loss" in row]
     return TrainResult(
@@ -150,6 +161,8 @@ def _start_or_resume(
     device: torch.device,
 ) -> TrainState:
     """Go on from the newest checkpoint of `run`, or begin: freeze recipe and environment."""
+    for leftover in run.glob(".checkpoint-*"):  # of a process that was killed while it saved
+        shutil.rmtree(leftover)
     checkpoints = find_checkpoints(run)
     if not checkpoints:
         write_atomic(run / "recipe.toml", recipe.to_toml())
@@ -227,22 +240,9 @@ def _total_steps(section: TrainSection, num_samples: int) -> int:
     return max(1, math.ceil(num_samples * section.num_train_epochs / per_step))
 
 
-def _unique_parameters(model: CausalModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters by name, a tied one once."""
-    return dict(model.named_parameters())
-
-
 def _fingerprint(section: TrainSection, model_dir: Path, tokens_dir: Path, total_steps: int) -> str:
     """What a checkpoint belongs to: options that change the losses, base weights, and data."""
-    harmless = {
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "resume_from_checkpoint",
-        "report_to",
-    }
-    options = section.model_dump(exclude=harmless | {"max_steps", "num_train_epochs"})
+    options = section.model_dump(exclude={*HARMLESS, "max_steps", "num_train_epochs"})
     weights = [sha256_file(path) for path in weight_files(model_dir)]
     return sha256_json([options, total_steps, weights, sha256_file(tokens_dir / "index.json")])
 
@@ -309,9 +309,3 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "num_cores": os.cpu_count(),
     }
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]

@@ -34,13 +34,12 @@ def learning_rate_at(step: int, total_steps: int, train: TrainSection) -> float:
     """
     if step < train.warmup_steps:
         return train.learning_rate * step / train.warmup_steps
+    if train.lr_scheduler_type == "constant":
+        return train.learning_rate
     span = max(1, total_steps - train.warmup_steps)
     done = min(1.0, (step - train.warmup_steps) / span)
     shape = {
         "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
         "linear": 1.0 - done,
-        "constant": 1.0,
     }[train.lr_scheduler_type]
-    if train.lr_scheduler_type == "constant":
-        return train.learning_rate
     return train.learning_rate * (train.min_lr_ratio + (1.0 - train.min_lr_ratio) * shape)
