@@ -7,7 +7,7 @@ and a made-up byte-level tokenizer of 250,680 tokens; --quick takes 4 layers. Wh
 Firefly with the proof of the tokenizer and of every byte of the weights (without running the model, which LLMPruner
 does not do either) and with everything on the disk; LLMPruner from a clone of yangjianxin1/LLMPruner that you name, as
 it is and with `sync`; `cp` of the original with `sync`. `rss_mb` is the most memory that Firefly's processes hold
-together, pages that they share counted in each. trimbed needs a Python of its own that has it; a peer that is not
+together, pages that they share counted once. trimbed needs a Python of its own that has it; a peer that is not
 named is left out with a word. `count_vs_encode_batch` is the time of counting over that of the tokenizers library's
 `encode_batch` on the same text.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics
@@ -165,7 +164,7 @@ def timed(command: Sequence[str | Path]) -> tuple[float, float]:
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.02):
+        while not done.wait(0.05):
             peak = max(peak, resident_mb(process.pid))
 
     watcher = threading.Thread(target=watch)
@@ -180,17 +179,18 @@ def timed(command: Sequence[str | Path]) -> tuple[float, float]:
 
 
 def resident_mb(root: int) -> float:
-    """Resident memory of a process and its descendants (Linux; 0 elsewhere)."""
-    total, waiting = 0, [root]
+    """Memory of a process and its descendants, shared pages divided among those that share (Linux; 0 elsewhere)."""
+    total_kb, waiting = 0, [root]
     while waiting:
         place = Path(f"/proc/{waiting.pop()}")
         try:
-            total += int((place / "statm").read_text().split()[1])
+            lines = (place / "smaps_rollup").read_text().splitlines()
+            total_kb += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
             for task in (place / "task").iterdir():
                 waiting += [int(child) for child in (task / "children").read_text().split()]
-        except (OSError, IndexError):
+        except (OSError, StopIteration):
             continue
-    return total * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return total_kb / 1024
 
 
 def whole_commands(place: Path, llmpruner: Path | None, layers: int, repeats: int) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def against_trimbed(python: Path, tokenizer: Path, texts: list[str], place: Path
     source = f'{{"path": "json", "data_files": "{corpus}", "streaming": false}}'
     config = place / "trimbed.yaml"
     config.write_text(
-        f'model: {{name_or_path: "{tokenizer}"}}\ncorpus: {{datasets: [{source}]}}\nselection: {{coverage: 1.0}}\n',
+        f'model: "{tokenizer}"\ncorpus: {{datasets: [{source}]}}\nselection: {{coverage: 1.0}}\n',
         "utf-8",
     )
     ours: list[str | Path] = [
