@@ -148,6 +148,8 @@ def main() -> None:
     quick = parser.parse_args().quick
     steps, repeats = (3, 2) if quick else (8, 3)
     quiet()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
