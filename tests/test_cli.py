@@ -179,8 +179,12 @@ def test_bad_models(
     assert "no weights" in fails(
         capsys, "prune", str(model), str(tmp_path / "p"), "-c", str(tmp_path / "pairs.jsonl"), "-n", "400"
     )
+    for index in ("{}", "[", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../x"}}'):
+        (model / "model.safetensors.index.json").write_text(index)
+        assert "model.safetensors.index.json" in fails(capsys, "chat", str(model), "--prompt", "你好")
+    (model / "model.safetensors.index.json").unlink()
     (model / "pytorch_model.bin").touch()
-    assert "convert them once" in fails(capsys, "run", toml(), f"model.base={model}")
+    assert "convert them to safetensors" in fails(capsys, "run", toml(), f"model.base={model}")
     (model / "model.safetensors").write_bytes(weights[:-100])
     assert "damaged" in fails(capsys, "train", toml(), f"model.base={model}")
     (model / "model.safetensors").write_bytes(weights)

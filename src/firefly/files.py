@@ -125,14 +125,14 @@ def directory_atomic(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def exclusive(directory: Path, what: str, lock: str = ".lock") -> Iterator[None]:
+def exclusive(directory: Path, what: str) -> Iterator[None]:
     """Hold `directory` for this process alone; raises `OutputError` when another one works there.
 
     The lock goes with the process, so a killed one leaves nothing to clean up.
     """
     with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / lock).open("w")
+        handle = (directory / ".lock").open("w")
     with handle:
         if os.name == "posix":
             import fcntl

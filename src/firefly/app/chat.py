@@ -28,7 +28,8 @@ from firefly.data.tokenizer import ModelTokenizer
 from firefly.errors import FireflyError, InputError, ModelError, choices
 from firefly.files import locate
 from firefly.model.generate import open_generator
-from firefly.model.load import read_config, weight_files
+from firefly.model.load import read_config
+from firefly.model.shards import weight_files
 from firefly.recipe import GenerationSection
 from firefly.text import StreamDecoder
 

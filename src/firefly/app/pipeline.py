@@ -27,7 +27,8 @@ from firefly.errors import CheckpointError, OutputError, RecipeError
 from firefly.evaluate.run import evaluate
 from firefly.files import exclusive, locate, sha256_file, sha256_json, write_atomic, write_json, writing_to
 from firefly.model.hub import resolve
-from firefly.model.load import check_model, weight_files
+from firefly.model.load import check_model
+from firefly.model.shards import weight_files
 from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
 from firefly.train.checkpoint import find_checkpoints

@@ -10,8 +10,7 @@ generation_config.json counts for its end-of-text tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ import torch
 from torch import Tensor
 
 from firefly.errors import ModelError
-from firefly.model.load import read_config, weight_files
+from firefly.model.hub import quiet_transformers
+from firefly.model.load import read_config
+from firefly.model.shards import weight_files
 from firefly.recipe import GenerationSection
 
 
@@ -69,7 +70,7 @@ class Generator:
         rows = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         seen = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         forked = [self.device] if self.device.type == "cuda" else []
-        with _quiet_transformers(), torch.random.fork_rng(forked):
+        with quiet_transformers(), torch.random.fork_rng(forked):
             torch.manual_seed(options.seed)
             out = self.model.generate(
                 input_ids=torch.tensor(rows, device=self.device),
@@ -130,7 +131,7 @@ def open_generator(
     weight_files(directory)
     place = torch.device(device)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=torch.bfloat16 if place.type == "cuda" else torch.float32,
@@ -155,19 +156,3 @@ def open_generator(
         )
     model.generation_config = GenerationConfig()
     return Generator(model.to(place).eval(), place, found)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' log lines and progress bars for a while; our own errors say what matters."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

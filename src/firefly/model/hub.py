@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from firefly.errors import ModelError
@@ -27,3 +29,19 @@ def resolve(name: str) -> Path:
             f"{name} is neither a directory here nor could it be fetched from the hub ({type(error).__name__}); "
             "check the spelling and the network, or download it and give its directory."
         ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars and remarks off the screen while the block runs; our errors say what matters."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -15,6 +15,7 @@ from torch import Tensor
 from firefly.errors import ModelError
 from firefly.files import directory_atomic, require_disk, write_json
 from firefly.model.families import CausalModel, HubModel, build, require_supported, transformers_model
+from firefly.model.shards import weight_files
 
 COMPANIONS = (
     "generation_config.json",
@@ -39,35 +40,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{path} does not hold a JSON object; fetch it again.")
     return config
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory; never one outside it.
-
-    Raises `ModelError` when there are none, and says how to convert a .bin checkpoint.
-    """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        for name in names:
-            if Path(name).name != name:
-                raise ModelError(
-                    f"{index} names the file {name!r}, which is not in its own folder; refusing to read it."
-                )
-            if not (directory / name).is_file():
-                raise ModelError(f"{index} names {name}, which is not there; fetch the model again.")
-        return [directory / name for name in names]
-    single = directory / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if any(directory.glob("*.bin")):
-        raise ModelError(
-            f"{directory} holds .bin weights only; convert them once with "
-            "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR)`, which writes safetensors."
-        )
-    raise ModelError(
-        f"{directory} has no weights (model.safetensors); check the path, or fetch the model again."
-    )
 
 
 def check_model(directory: Path) -> None:

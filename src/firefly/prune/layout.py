@@ -8,16 +8,16 @@ seconds and a third of a GB, so the plainest families, whose files show it all, 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from firefly.errors import ModelError, RecipeError
-from firefly.prune.weights import INDEX, SINGLE, Tensor, blocks, read_header, shards
+from firefly.model.hub import quiet_transformers
+from firefly.model.shards import INDEX, SINGLE
+from firefly.prune.weights import Tensor, blocks, read_header, shards
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 # model_type → input embeddings as the files call them, and whether the head is tied to them by default. A test
@@ -333,22 +333,6 @@ def model_class(config: Any) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         mapping = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
     return mapping[type(config)]
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and remarks off the screen while the block runs."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    restore: Callable[[], None] = logging.enable_progress_bar if bars else logging.disable_progress_bar
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        restore()
 
 
 # --- looking before leaping ------------------------------------------------------------------------------

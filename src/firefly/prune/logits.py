@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from firefly.errors import ModelError
+from firefly.model.hub import quiet_transformers
 from firefly.prune.layout import (
     inspect_architecture,
     load_config,
     match,
     model_class,
-    quiet_transformers,
 )
 from firefly.prune.proof_weights import failed
 from firefly.prune.weights import read_header, shards

@@ -25,9 +25,8 @@ from safetensors import SafetensorError, safe_open
 from firefly.console import progress
 from firefly.errors import ModelError
 from firefly.files import write_json
+from firefly.model.shards import INDEX, SINGLE, read_weight_map, unique_members, weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 BLOCK_BYTES = 1 << 20
 _FLUSH_BYTES = 64 << 20
 _HEADER_ALIGNMENT = 8
@@ -71,15 +70,6 @@ class Tensor:
         return replace(self, shape=tuple(shape), end=self.start + num_rows * self.row_bytes)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's members; JSON readers differ in which of two equal names they believe."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' stands there twice")
-    return result
-
-
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by name in file order, and the metadata, of a safetensors file; raises `ModelError`.
 
@@ -90,7 +80,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             pass
         with path.open("rb") as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length), object_pairs_hook=_unique)
+            header = json.loads(handle.read(length), object_pairs_hook=unique_members)
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise ModelError(f"{path} is not a sound safetensors file ({error}); fetch it again.") from error
     metadata = header.pop("__metadata__", None) or {}
@@ -111,52 +101,27 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def shards(base: Path) -> list[Path]:
-    """The weight files of a model directory; raises `ModelError` if there are none that are safe to read."""
-    if (base / INDEX).is_file():
-        weight_map = _weight_map(base / INDEX)
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            # Loaders open whatever stands here; '../x' or '/x' would reach outside the directory.
-            if Path(name).name != name or "\\" in name or name in {"", ".", ".."}:
-                raise ModelError(
-                    f"{base / INDEX} points to '{name}', outside its directory; fetch the model again."
-                )
-            if not (base / name).is_file():
-                raise ModelError(f"{base} lacks the weight file {name} that its index names; fetch it again.")
-        found = [base / name for name in names]
-        where: dict[str, str] = {}
-        for path in found:
-            for name in read_header(path)[0]:
-                if name in where:
-                    raise ModelError(
-                        f"{base} holds {name} twice, in {where[name]} and {path.name}; fetch it again."
-                    )
-                where[name] = path.name
-        if missing := sorted(name for name, file in weight_map.items() if where.get(name) != file):
-            raise ModelError(
-                f"{base / INDEX} says that {missing[0]} is in {weight_map[missing[0]]}; it is not there."
-            )
+    """The weight files of a model directory, each tensor where its index says and nowhere else.
+
+    Raises `ModelError` if there are none that are safe to read.
+    """
+    found = weight_files(base)
+    if not (base / INDEX).is_file():
         return found
-    if (base / SINGLE).is_file():
-        return [base / SINGLE]
-    if list(base.glob("*.bin")) or list(base.glob("*.pt")):
+    where: dict[str, str] = {}
+    for path in found:
+        for name in read_header(path)[0]:
+            if name in where:
+                raise ModelError(
+                    f"{base} holds {name} twice, in {where[name]} and {path.name}; fetch it again."
+                )
+            where[name] = path.name
+    weight_map = read_weight_map(base / INDEX)
+    if missing := sorted(name for name, file in weight_map.items() if where.get(name) != file):
         raise ModelError(
-            f"{base} has weights as pickles alone, which firefly does not open; convert them to safetensors with "
-            f"transformers: AutoModelForCausalLM.from_pretrained('{base}').save_pretrained('{base}')."
+            f"{base / INDEX} says that {missing[0]} is in {weight_map[missing[0]]}; it is not there."
         )
-    raise ModelError(f"{base} has no weights; it needs {SINGLE}, or shards with {INDEX}.")
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Tensor name → file name, as an index says."""
-    try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
-    except ValueError as error:
-        raise ModelError(f"{path} is not a sound index ({error}); fetch it again.") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{path} has no weight_map; fetch it again.")
-    return {name: str(file) for name, file in weight_map.items()}
+    return found
 
 
 def select_rows(

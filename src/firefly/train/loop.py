@@ -32,9 +32,10 @@ from firefly.data.tokens import Tokens
 from firefly.errors import CheckpointError, Interrupted, ModelError, TrainingError
 from firefly.files import sha256_file, sha256_json, write_atomic, write_json
 from firefly.model.families import CausalModel, transformers_model
-from firefly.model.load import load_model, num_parameters, save_model, stored_dtype, weight_files
+from firefly.model.load import load_model, num_parameters, save_model, stored_dtype
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss, loss_by_kind
+from firefly.model.shards import weight_files
 from firefly.recipe import Recipe, TrainSection
 from firefly.train.checkpoint import TrainState, find_checkpoints, load_checkpoint, save_checkpoint
 from firefly.train.curves import Metrics
