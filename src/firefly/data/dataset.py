@@ -1,112 +1,107 @@
-"""`firefly data`, first half: sources → records → examples → cleaned → split → one directory.
+"""`firefly data`, first half: sources → records → examples → cleaned → deduplicated → mixed → one directory.
 
     train.jsonl, validation.jsonl   one Example a line, in the order of the sources
-    rejects.jsonl                   everything that was dropped, with the reason
-    card.json, tasks.png            what is in it: counts, drops, lengths, licences, hashes
+    rejects.jsonl.zst               everything that was dropped, with its file, line and reason
+    card.json                       what is in it: counts, drops, lengths, licences, hashes
+    README.md, report.html, *.png   the same for people
 
-Nothing is held in memory but one hash an example. Which side of the split a record falls on depends on its own
-group alone: adding sources never moves a record from training to validation or back. The same sources give the
-same bytes.
+Three passes, none of which holds more than a few blocks of text. *Read*: every record becomes a candidate on disk,
+asked, mended, judged and fingerprinted (`prepare`). *Decide*: repetitions, caps, weights and the side of the split
+follow from the fingerprints alone (`dedup`, `mix`). *Write*: what stays is written out (`emit`). The first and the
+last run in parallel, and the result has the same bytes for any number of processes. Which side a record falls on
+depends on its own group alone: adding sources never moves a record from training to validation or back.
 """
 
 from __future__ import annotations
 
-import json
-from array import array
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+import difflib
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from firefly import console
-from firefly.data.clean import Duplicates, digest, reject_reason
+from firefly.data.candidates import KEPT, Names, Spool
+from firefly.data.card import write_cards
+from firefly.data.dedup import mark_exact, mark_near
+from firefly.data.emit import NOT_USED, TRAIN, VALIDATION, Chosen, emit
+from firefly.data.engine import ordered_map
 from firefly.data.example import Example
-from firefly.data.importers import IMPORTERS, Imported, Origin, Record, Skipped, recognise
-from firefly.data.readers import read_records
-from firefly.data.stats import length_summary, task_chart
-from firefly.data.tasks import Task, load_tasks, task
+from firefly.data.importers import NEED_TASK, recognise
+from firefly.data.mix import copies, multiplicities, within_cap
+from firefly.data.prepare import Work, prepare, split_number
+from firefly.data.readers import files_of, read_tolerant
+from firefly.data.stats import histogram_summary
+from firefly.data.tasks import load_tasks, task
 from firefly.errors import FireflyError, InputError, OutputError, choices
-from firefly.files import (
-    directory_atomic,
-    locate,
-    read_json_lines,
-    require_file,
-    sha256_file,
-    write_json,
-)
+from firefly.files import directory_atomic, locate, read_json_lines, require_disk, sha256_file, write_json
 from firefly.recipe import DataSection, Source
 
 Split = Literal["train", "validation"]
-FILES = {"train": "train.jsonl", "validation": "validation.jsonl", "rejected": "rejects.jsonl"}
+FILES = {"train": "train.jsonl", "validation": "validation.jsonl", "rejected": "rejects.jsonl.zst"}
+_RECORDS_AT_ONCE = 1000
+_CHARACTERS_AT_ONCE = 1 << 21
+_SPACE = 6  # bytes on disk for each byte of the sources, at most: compressed text and the passes between
 
 
 @dataclass(frozen=True)
 class DatasetResult:
-    """What `build_dataset` made; `kinds` maps a kind to its counts by side (train, validation, rejected)."""
+    """What `build_dataset` made; `kinds` maps a kind to its counts.
+
+    A kind's counts are examples by side (train, validation), and candidates that were rejected, or left out by
+    the mix (`unused`: over a cap, or thinned out by a weight).
+    """
 
     path: str
     train: int
     validation: int
     rejected: int
+    unused: int
     kinds: dict[str, dict[str, int]]
     reasons: dict[str, int]  # why records were rejected
 
 
 @dataclass(frozen=True)
-class _Input:
-    """A source of the recipe, checked."""
+class _File:
+    """One file of one source, checked."""
 
-    source: Source
+    source: int
     path: Path
     importer: str
-    task: Task | None  # None: the importer yields whole examples
 
-    @property
-    def kind(self) -> str:
-        return self.task.kind if self.task else self.source.task or "unknown"
+
+@dataclass
+class _Read:
+    """What the first pass leaves behind, beside the candidates on disk."""
+
+    spool: Spool
+    files: list[_File]
+    kinds: Names = field(default_factory=Names)
+    reasons: Names = field(default_factory=lambda: Names(""))
+    records: Counter[int] = field(default_factory=Counter)  # by file
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """An example on its way in, or the reason why there is none."""
+class _Decided:
+    """What becomes of each candidate [N]."""
 
-    kind: str
-    source: str
-    group: str
-    text: str
-    example: Example | None = None
-    reason: str | None = None
-
-    def accepted(self) -> str:
-        """Its line in train.jsonl or validation.jsonl."""
-        assert self.example is not None
-        return self.example.to_json()
-
-    def rejected(self, reason: str) -> str:
-        """Its line in rejects.jsonl."""
-        line = {"source": self.source, "kind": self.kind, "reason": reason, "text": self.text}
-        return json.dumps(line, ensure_ascii=False)
-
-
-class _Tally:
-    """Everything that is counted on the way."""
-
-    def __init__(self) -> None:
-        self.sides: defaultdict[str, Counter[str]] = defaultdict(Counter)  # kind → side → examples
-        self.reasons: defaultdict[str, Counter[str]] = defaultdict(Counter)  # kind → reason → examples
-        self.characters: defaultdict[str, array[int]] = defaultdict(lambda: array("L"))  # kind → lengths
-        self.records: Counter[str] = Counter()  # kind → records rendered, for the task's cap
-        self.sources: list[dict[str, Any]] = []
-
-    def total(self, side: str) -> int:
-        return sum(sides[side] for sides in self.sides.values())
+    kind: NDArray[np.uint16]
+    source: NDArray[np.uint16]
+    reason: NDArray[np.uint16]
+    side: NDArray[np.uint8]
+    copies: NDArray[np.int64]
+    duplicate_of: NDArray[np.int64]  # −1: of none
 
 
 def side_of(group: str, validation_fraction: float) -> Split:
     """The side of the split on which every record of a group lies, decided by the group's hash alone."""
-    return "validation" if int(digest(group)[:16], 16) < validation_fraction * 2**64 else "train"
+    return "validation" if split_number(group) < validation_fraction * 2**64 else "train"
 
 
 def build_dataset(data: DataSection, out: Path) -> DatasetResult:
@@ -115,151 +110,284 @@ def build_dataset(data: DataSection, out: Path) -> DatasetResult:
     Raises `InputError` for a bad source, record, task or importer, or when no example is left to train on;
     `OutputError` when `out` cannot be written or holds something that is not a dataset.
     """
-    inputs = [_check(source, f"data.sources[{index}]") for index, source in enumerate(data.sources)]
+    files = [file for index, source in enumerate(data.sources) for file in _check(index, source)]
     if out.exists() and not (out / "card.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not a dataset; choose another output_dir, or remove it.")
-    tally, duplicates = _Tally(), Duplicates()
+    require_disk(out, _SPACE * sum(file.path.stat().st_size for file in files))
     with directory_atomic(out) as folder:
-        with ExitStack() as stack:
-            handles = {side: stack.enter_context((folder / name).open("wb")) for side, name in FILES.items()}
-            shown = stack.enter_context(console.progress("data", None, "records"))
-            for given in inputs:
-                sides: Counter[str] = Counter()
-                for candidate in _candidates(given, tally):
-                    side, line = _decide(candidate, data, duplicates, tally)
-                    # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
-                    handles[side].write(line.encode("utf-8", "backslashreplace") + b"\n")
-                    sides[side] += 1
-                    if sides.total() % 256 == 0:
-                        shown.advance(256, candidate.kind)
-                shown.advance(sides.total() % 256)
-                tally.sources[-1] |= {"candidates": sides.total()} | {side: sides[side] for side in FILES}
-        reasons = sum(tally.reasons.values(), Counter())
-        if tally.total("train") == 0:
-            why = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common()) or "none"
+        read = _read(data, files, folder / "candidates")
+        decided = _decide(data, read)
+        _write(data, read, decided, folder)
+        characters = read.spool.column("characters")
+        shutil.rmtree(read.spool.folder)
+        result = _count(read, decided, out)
+        if result.train == 0:
+            why = ", ".join(f"{reason} {count:,}" for reason, count in result.reasons.items()) or "none"
             raise InputError(
-                f"No example is left to train on: {tally.total('validation'):,} went to validation and "
-                f"{tally.total('rejected'):,} were rejected ({why}). Check the sources, or data.validation_fraction."
+                f"No example is left to train on: {result.validation:,} went to validation, {result.unused:,} were "
+                f"left out by the mix and {result.rejected:,} were rejected ({why}). Check the sources, data.mix, or "
+                "data.validation_fraction."
             )
-        write_json(folder / "card.json", _card(data, tally, folder))
-        titles = {kind: known.title_zh for kind, known in load_tasks().items()}
-        counts = {kind: sides["train"] + sides["validation"] for kind, sides in tally.sides.items()}
-        task_chart(folder / "tasks.png", counts, titles)
-    kinds = {kind: {side: sides[side] for side in FILES} for kind, sides in sorted(tally.sides.items())}
-    totals = {side: tally.total(side) for side in FILES}
-    result = DatasetResult(str(out), **totals, kinds=kinds, reasons=dict(reasons.most_common()))
+        card = _card(data, read, decided, result, folder, characters)
+        write_json(folder / "card.json", card)
+        write_cards(folder, card)
     _tell(result)
     return result
 
 
-def _decide(
-    candidate: _Candidate, data: DataSection, duplicates: Duplicates, tally: _Tally
-) -> tuple[str, str]:
-    """Where a candidate goes (train, validation or rejected) and its line there; counts it."""
-    reason = candidate.reason
-    if candidate.example:
-        reason = reject_reason(candidate.example)
-    if candidate.example and data.deduplicate != "off":
-        reason = reason or duplicates(candidate.example)
-    if reason:
-        side, line = "rejected", candidate.rejected(reason)
-        tally.reasons[candidate.kind][reason] += 1
-    else:
-        side, line = side_of(candidate.group, data.validation_fraction), candidate.accepted()
-        tally.characters[candidate.kind].append(len(candidate.text))
-    tally.sides[candidate.kind][side] += 1
-    return side, line
-
-
-def _check(source: Source, place: str) -> _Input:
-    """Find a source's file, importer and task before any work begins."""
-    path = require_file(locate(source.path), f"{place}: the file")
+def _check(index: int, source: Source) -> list[_File]:
+    """The files of a source with their importers, before any work begins."""
+    place = f"data.sources[{index}]"
     try:
-        name = recognise(source.importer, path, source.task)
-        needed = task(source.task) if source.task and name not in ("firefly", "text") else None
+        files = [
+            _File(index, path, recognise(source.importer, path, source.task))
+            for path in files_of(locate(source.path))
+        ]
+        if source.task and any(file.importer in NEED_TASK for file in files):
+            task(source.task)
     except FireflyError as error:
         raise InputError(f"{place}: {error}") from error
-    return _Input(source, path, name, needed)
+    return files
 
 
-def _candidates(given: _Input, tally: _Tally) -> Iterator[_Candidate]:
-    """The examples of one source, up to its cap; a record without one comes with its reason."""
-    cap = given.source.cap
-    if cap is None and given.task:  # the task's own cap holds over all of its sources
-        cap = max(0, given.task.cap - tally.records[given.kind])
-    counts: dict[str, Any] = given.source.model_dump() | {
-        "importer": given.importer,
-        "sha256": sha256_file(given.path),
-        "records": 0,
-        "capped": False,
+def _read(data: DataSection, files: list[_File], place: Path) -> _Read:
+    """First pass: every record of every source becomes a candidate on disk."""
+    read = _Read(Spool(place), files)
+    total_bytes = sum(file.path.stat().st_size for file in files)
+    with console.progress("read", total_bytes / 2**20, "MiB") as shown:
+        works = _works(data, read, shown)
+        for prepared in ordered_map(prepare, works, engine=data.engine, num_workers=data.num_workers):
+            columns = prepared.columns
+            for name, local, names in (
+                ("kind", prepared.kinds, read.kinds),
+                ("reason", prepared.reasons, read.reasons),
+            ):
+                numbers = np.array([names.number(one) for one in local], columns[name].dtype)
+                columns[name] = numbers[columns[name]] if len(numbers) else columns[name]
+            read.spool.add(prepared.bodies, columns, prepared.signatures)
+    read.spool.close()
+    return read
+
+
+def _works(data: DataSection, read: _Read, shown: console.Progress) -> Iterator[Work]:
+    """The raw records of all files in blocks."""
+    for number, file in enumerate(read.files):
+        source = data.sources[file.source]
+        make = partial(
+            Work,
+            source=file.source,
+            file=number,
+            path=file.path,
+            importer=file.importer,
+            kind=source.task,
+            rename=source.fields,
+            skip_bad=data.on_bad_record == "skip",
+            clean=data.clean,
+            evaluation=(tuple(data.decontaminate), data.decontaminate_ngram),
+            near=data.deduplicate == "near",
+        )
+        for records in _blocks(read_tolerant(file.path)):
+            read.records[number] += len(records)
+            yield make(records=records)
+        shown.advance(file.path.stat().st_size / 2**20, file.path.name)
+
+
+def _blocks(records: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    """Records in blocks of bounded count and size."""
+    block: list[tuple[int, Any]] = []
+    characters = 0
+    for line, record in records:
+        block.append((line, record))
+        if isinstance(record, dict):
+            characters += sum(len(value) for value in record.values() if isinstance(value, str | list))
+        if len(block) >= _RECORDS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def _decide(data: DataSection, read: _Read) -> _Decided:
+    """Second pass, without the texts: repetitions, caps, side of the split, number of copies."""
+    spool = read.spool
+    kind, source, reason = (spool.column(name) for name in ("kind", "source", "reason"))
+    chance = spool.column("chance")
+    duplicate_of = np.full(spool.num_candidates, -1, np.int64)
+
+    def drop(found: NDArray[np.int64], name: str) -> None:
+        new = (found >= 0) & (reason == KEPT)
+        duplicate_of[new] = found[new]
+        reason[new] = read.reasons.number(name)
+
+    if data.deduplicate != "off":
+        quality = spool.column("quality")
+        drop(mark_exact(spool.column("key"), quality, reason == KEPT), "duplicate")
+        if data.deduplicate == "near":
+            found = mark_near(spool.signatures(), quality, reason == KEPT, data.near_threshold)
+            drop(found, "near_duplicate")
+
+    alive = reason == KEPT
+    for index, given in enumerate(data.sources):
+        if given.cap is not None:
+            here = source == index
+            alive &= ~here | within_cap(chance, alive & here, given.cap)
+    capless = np.array([one.cap is None and one.task is not None for one in data.sources])
+    known = load_tasks()
+    for number, name in enumerate(read.kinds.all):
+        here, cap = kind == number, data.mix.caps.get(name)
+        if cap is None and name in known:  # the task's own cap is for sources that do not say
+            here, cap = here & capless[source], known[name].cap
+        if cap is not None:
+            alive &= ~here | within_cap(chance, alive & here, cap)
+
+    held_out = spool.column("group") < np.uint64(min(int(data.validation_fraction * 2**64), 2**64 - 1))
+    side = np.where(alive, np.where(held_out, VALIDATION, TRAIN), NOT_USED).astype(np.uint8)
+    repeat = np.array([one.repeat for one in data.sources], np.int64)[source]
+    counts = dict(
+        zip(
+            read.kinds.all,
+            np.bincount(kind[side == TRAIN], minlength=len(read.kinds.all)).tolist(),
+            strict=True,
+        )
+    )
+    weights = {name: known[name].weight if name in known else 1.0 for name in counts} | data.mix.weights
+    wanted = multiplicities(counts, weights, data.mix.epochs, data.mix.temperature)
+    amount = np.where(side == VALIDATION, 1, 0).astype(np.int64)
+    for number, name in enumerate(read.kinds.all):
+        here = (kind == number) & (side == TRAIN)
+        amount[here] = copies(chance[here], wanted[name])
+    amount *= repeat
+    side[amount == 0] = NOT_USED
+    return _Decided(kind, source, reason, side, amount, duplicate_of)
+
+
+def _write(data: DataSection, read: _Read, decided: _Decided, folder: Path) -> None:
+    """Third pass: what stays and what does not, in the order of the sources."""
+    import pyarrow
+
+    places = [(folder / name).open("wb") for name in (FILES["train"], FILES["validation"])]
+    rejects = pyarrow.output_stream(str(folder / FILES["rejected"]), compression="zstd")
+    with (
+        places[0] as train,
+        places[1] as validation,
+        rejects,
+        console.progress("write", read.spool.num_candidates, "candidates") as shown,
+    ):
+        chosen = _chosen(read, decided)
+        for emitted in ordered_map(emit, chosen, engine=data.engine, num_workers=data.num_workers):
+            train.write(emitted.train)
+            validation.write(emitted.validation)
+            rejects.write(emitted.rejects)
+            shown.advance(emitted.num_candidates)
+
+
+def _chosen(read: _Read, decided: _Decided) -> Iterator[Chosen]:
+    """The candidates in blocks, with what was decided about them."""
+    file, line = read.spool.column("file"), read.spool.column("line")
+
+    def place(candidate: int) -> str:
+        return f"{read.files[file[candidate]].path.name}:{line[candidate]}" if candidate >= 0 else ""
+
+    for block in read.spool.blocks:
+        span = slice(block.first, block.first + block.count)
+        yield Chosen(
+            bodies=read.spool.bodies(block),
+            kinds=[read.kinds.all[number] for number in decided.kind[span]],
+            sources=[place(candidate) for candidate in range(span.start, span.stop)],
+            reasons=[read.reasons.all[number] for number in decided.reason[span]],
+            duplicate_of=[place(other) for other in decided.duplicate_of[span]],
+            sides=decided.side[span],
+            copies=decided.copies[span],
+        )
+
+
+def _count(read: _Read, decided: _Decided, out: Path) -> DatasetResult:
+    kinds = {name: _counts(decided, decided.kind == number) for number, name in enumerate(read.kinds.all)}
+    totals = {side: sum(counts[side] for counts in kinds.values()) for side in (*FILES, "unused")}
+    reasons = _reasons(read, decided, slice(None))
+    by_kind = dict(sorted(kinds.items()))
+    return DatasetResult(str(out), **totals, kinds=by_kind, reasons=dict(reasons.most_common()))
+
+
+def _counts(decided: _Decided, here: NDArray[np.bool_]) -> dict[str, int]:
+    """Examples by side, and candidates that were rejected or left unused."""
+    side, copies, rejected = decided.side[here], decided.copies[here], decided.reason[here] != KEPT
+    return {
+        "train": int(copies[side == TRAIN].sum()),
+        "validation": int(copies[side == VALIDATION].sum()),
+        "rejected": int(rejected.sum()),
+        "unused": int(((side == NOT_USED) & ~rejected).sum()),
     }
-    tally.sources.append(counts)
-    for item in _imported(given):
-        if not isinstance(item, Skipped):
-            if cap is not None and counts["records"] >= cap:
-                counts["capped"] = True
-                return
-            counts["records"] += 1
-            tally.records[given.kind] += 1
-        yield from _asked(item, given)
 
 
-def _imported(given: _Input) -> Iterator[Imported]:
-    """What the importer makes of each record of one source."""
-    for line, record in read_records(given.path):
-        yield from IMPORTERS[given.importer](record, Origin(given.path, line, given.source.task))
+def _reasons(read: _Read, decided: _Decided, here: Any) -> Counter[str]:
+    numbers = np.bincount(decided.reason[here], minlength=len(read.reasons.all)).tolist()
+    return Counter({
+        name: count for name, count in zip(read.reasons.all, numbers, strict=True) if name and count
+    })  # fmt: skip
 
 
-def _asked(item: Imported, given: _Input) -> Iterator[_Candidate]:
-    """One imported record as examples: one for each variant that the recipe asks for."""
-    if isinstance(item, Skipped):
-        yield _Candidate(given.kind, item.source, "", item.text, reason=item.reason)
-    elif not isinstance(item, Record):
-        yield _candidate(item.example, item.group)
-    else:
-        assert given.task is not None
-        full = [name for name, text in item.fields.items() if text]
-        if given.task.eligible(item.fields) and not given.task.eligible(full):
-            text = json.dumps(item.fields, ensure_ascii=False)
-            yield _Candidate(given.kind, item.source, "", text, reason="empty_field")
-            return
-        for variant in range(given.source.repeat):
-            yield _candidate(given.task.render(item.fields, source=item.source, variant=variant), item.group)
-
-
-def _candidate(example: Example, group: str) -> _Candidate:
-    text = f"{example.input}\n{example.target}" if example.input else example.target
-    return _Candidate(example.kind, example.source, group, text, example)
-
-
-def _card(data: DataSection, tally: _Tally, folder: Path) -> dict[str, Any]:
+def _card(
+    data: DataSection,
+    read: _Read,
+    decided: _Decided,
+    result: DatasetResult,
+    folder: Path,
+    characters: NDArray[Any],
+) -> dict[str, Any]:
     """What the dataset holds, for people and for later stages."""
     known = load_tasks()
-    everything = array("L")
-    for lengths in tally.characters.values():
-        everything.extend(lengths)
-    kinds = {}
-    for kind, sides in sorted(tally.sides.items()):
+    kinds: dict[str, Any] = {}
+    for name, counts in result.kinds.items():
+        here = decided.kind == read.kinds.number(name)
         described = {
-            "title_zh": known[kind].title_zh,
-            "title_en": known[kind].title_en,
-            "metric": known[kind].metric,
-            "licences": [f"{source.name}: {source.licence}" for source in known[kind].sources],
-        } if kind in known else {}  # fmt: skip
-        kinds[kind] = {side: sides[side] for side in FILES} | {
-            "reasons": dict(sorted(tally.reasons[kind].items())),
-            "characters": length_summary(tally.characters[kind]),
+            "title_zh": known[name].title_zh,
+            "title_en": known[name].title_en,
+            "metric": known[name].metric,
+            "licences": [f"{source.name}: {source.licence}" for source in known[name].sources],
+        } if name in known else {}  # fmt: skip
+        kinds[name] = counts | {
+            "reasons": dict(sorted(_reasons(read, decided, here).items())),
+            "characters": histogram_summary(_histogram(characters[here], decided.copies[here])),
             **described,
         }
     return {
-        "examples": {side: tally.total(side) for side in FILES},
+        "examples": {side: getattr(result, side) for side in (*FILES, "unused")},
         "validation_fraction": data.validation_fraction,
         "deduplicate": data.deduplicate,
-        "characters": length_summary(everything),
+        "mix": data.mix.model_dump(),
+        "clean": data.clean.model_dump(),
+        "characters": histogram_summary(_histogram(characters, decided.copies)),
         "kinds": kinds,
-        "sources": tally.sources,
+        "sources": [_source_card(index, source, read, decided) for index, source in enumerate(data.sources)],
         "files": {name: sha256_file(folder / name) for name in FILES.values()},
     }
+
+
+def _source_card(index: int, source: Source, read: _Read, decided: _Decided) -> dict[str, Any]:
+    mine = [(number, file) for number, file in enumerate(read.files) if file.source == index]
+    here = decided.source == index
+    return source.model_dump() | {
+        "files": [
+            {
+                "name": file.path.name,
+                "importer": file.importer,
+                "records": read.records[number],
+                "sha256": sha256_file(file.path),
+            }
+            for number, file in mine
+        ],
+        "records": sum(read.records[number] for number, _ in mine),
+        "candidates": int(here.sum()),
+        **_counts(decided, here),
+        "reasons": dict(sorted(_reasons(read, decided, here).items())),
+    }
+
+
+def _histogram(lengths: NDArray[Any], copies: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many examples have 0, 1, 2, … characters."""
+    used = copies > 0
+    return np.bincount(lengths[used], weights=copies[used]).astype(np.int64)
 
 
 def _tell(result: DatasetResult) -> None:
@@ -271,6 +399,13 @@ def _tell(result: DatasetResult) -> None:
     if result.rejected:
         why = ", ".join(f"{reason} {count:,}" for reason, count in result.reasons.items())
         console.say(f"data: {result.rejected:,} rejected ({why}); see {result.path}/{FILES['rejected']}")
+    if result.unused:
+        console.say(f"data: {result.unused:,} left out by caps and weights; card.json has them by kind")
+    known = load_tasks()
+    for kind in result.kinds:
+        near = difflib.get_close_matches(kind, known, n=1, cutoff=0.7)
+        if kind not in known and near:
+            console.warn(f"the kind '{kind}' is no known task; did you mean '{near[0]}'?")
     bare = [kind for kind, sides in result.kinds.items() if sides["train"] and not sides["validation"]]
     if bare:
         console.warn(f"no validation example for {', '.join(bare)}; raise data.validation_fraction")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from firefly.errors import InputError
@@ -33,9 +34,14 @@ def ordered_map(
     `num_workers` 0 means one a core (on Ray: one a CPU of the cluster); 1 works in this process.
     Raises what `function` raises, at the place of its block.
     """
+    stream = iter(blocks)
+    first = list(islice(stream, 2))
+    blocks = chain(first, stream)
     if engine == "ray":
         yield from _on_ray(function, blocks, num_workers)
-    elif (num_workers or available_cores()) == 1:
+    elif (num_workers or available_cores()) == 1 or len(
+        first
+    ) < 2:  # a small job is done before a process starts
         yield from map(function, blocks)
     else:
         yield from _in_processes(function, blocks, num_workers or available_cores())
@@ -75,9 +81,9 @@ def _on_ray(
             "data.engine = 'ray' needs Ray, which is not installed; run `pip install firefly-zh[ray]`."
         ) from error
     if not ray.is_initialized():
-        ray.init(
-            log_to_driver=False, include_dashboard=False
-        )  # joins the cluster that RAY_ADDRESS names, if any
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+        # Joins the cluster that RAY_ADDRESS names, if any.
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     remote = ray.remote(function)
     most = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 

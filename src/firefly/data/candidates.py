@@ -1,0 +1,121 @@
+"""Candidates: every record of every source on its way into the dataset, kept on disk between the passes.
+
+    bodies.jsonl   one line a candidate: {"fields": …} to render, {"messages": …}, or {"text": …} when it cannot be used
+    columns.bin    one `COLUMN` a candidate: what decides about it, without its text
+    signatures.bin MinHash signatures, when near repetitions are looked for
+
+Only one block of bodies is in memory at a time, and of the columns those that a decision looks at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROWS_AT_ONCE = 1 << 16
+KEPT = 0  # the reason's number of a candidate that nothing speaks against
+COLUMN = np.dtype(
+    [
+        ("key", "V16"),  # hash of the normalised content: what counts as the same text
+        ("group", "u8"),  # decides the side of the split, from 0 to 2**64
+        ("chance", "u8"),  # decides caps and thinning, from 0 to 2**64
+        ("line", "u8"),
+        ("characters", "u4"),
+        ("quality", "u4"),  # of repetitions, the highest stays
+        ("file", "u4"),
+        ("source", "u2"),
+        ("kind", "u2"),
+        ("reason", "u2"),
+    ]
+)
+
+
+class Names:
+    """Names by number, in the order of their first appearance."""
+
+    def __init__(self, *names: str) -> None:
+        self.all = list(names)
+        self._numbers = {name: number for number, name in enumerate(names)}
+
+    def number(self, name: str) -> int:
+        """The number of a name, a new one if it is new."""
+        if name not in self._numbers:
+            self._numbers[name] = len(self.all)
+            self.all.append(name)
+        return self._numbers[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Candidates that were imported together: numbers `first` … `first + count - 1`."""
+
+    first: int
+    count: int
+    offset: int  # of their lines in bodies.jsonl
+    num_bytes: int
+
+
+@dataclass
+class Spool:
+    """The candidates of one build in a folder of its own; write first, then read."""
+
+    folder: Path
+    signature_size: int = 0  # uint32 numbers a candidate; 0: none are kept
+    blocks: list[Block] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+        self._files = {
+            name: (self.folder / name).open("wb")
+            for name in ("bodies.jsonl", "columns.bin", "signatures.bin")
+        }
+        self._num_bytes = 0
+        self.num_candidates = 0
+
+    def add(self, bodies: bytes, columns: NDArray[Any], signatures: NDArray[np.uint32] | None) -> None:
+        """Append a block: its lines, columns [N] of `COLUMN`, and signatures [N, signature_size]."""
+        if not len(columns):
+            return
+        self.blocks.append(Block(self.num_candidates, len(columns), self._num_bytes, len(bodies)))
+        self._files["bodies.jsonl"].write(bodies)
+        self._files["columns.bin"].write(columns.tobytes())
+        if signatures is not None:
+            self._files["signatures.bin"].write(signatures.tobytes())
+        self.num_candidates += len(columns)
+        self._num_bytes += len(bodies)
+
+    def close(self) -> None:
+        """No more is written."""
+        for handle in self._files.values():
+            handle.close()
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One column [N] of all candidates."""
+        parts = [np.zeros(0, COLUMN)[name]]
+        with (self.folder / "columns.bin").open("rb") as handle:
+            while len(rows := np.fromfile(handle, COLUMN, _ROWS_AT_ONCE)):
+                parts.append(rows[name].copy())
+        return np.concatenate(parts)
+
+    def rows(self, block: Block) -> NDArray[Any]:
+        """All columns of one block."""
+        return np.fromfile(
+            self.folder / "columns.bin", COLUMN, block.count, offset=block.first * COLUMN.itemsize
+        )
+
+    def signatures(self) -> NDArray[np.uint32]:
+        """All signatures [N, signature_size], memory-mapped."""
+        shape = (self.num_candidates, self.signature_size)
+        if not self.num_candidates or not self.signature_size:
+            return np.zeros(shape, np.uint32)
+        return np.memmap(self.folder / "signatures.bin", np.uint32, mode="r", shape=shape)
+
+    def bodies(self, block: Block) -> list[bytes]:
+        """The lines of one block."""
+        with (self.folder / "bodies.jsonl").open("rb") as handle:
+            handle.seek(block.offset)
+            return handle.read(block.num_bytes).splitlines()

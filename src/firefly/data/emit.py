@@ -1,0 +1,82 @@
+"""The last pass over one block of candidates: write each that stays, in as many wordings as it has copies.
+
+This too runs in worker processes: `emit(Chosen) → Emitted`. A record that a task asks gets another template for
+every copy; a whole example is written as often as it has copies.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from firefly.data.example import Example, Message
+from firefly.data.tasks import task
+
+NOT_USED, TRAIN, VALIDATION = 0, 1, 2  # sides of the split
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A block of candidates [N] and what was decided about them."""
+
+    bodies: list[bytes]
+    kinds: list[str]  # N
+    sources: list[str]  # N, "file:line"
+    reasons: list[str]  # N, "" for those that stay
+    duplicate_of: list[str]  # N, "file:line" of the one that stays instead
+    sides: NDArray[np.uint8]  # N
+    copies: NDArray[np.int64]  # N
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """Lines for the three files of a dataset."""
+
+    train: bytes
+    validation: bytes
+    rejects: bytes
+    num_candidates: int
+
+
+def emit(chosen: Chosen) -> Emitted:
+    """The lines of a block, in its order."""
+    out: dict[int, list[bytes]] = {TRAIN: [], VALIDATION: [], NOT_USED: []}
+    rows = zip(
+        chosen.bodies, chosen.kinds, chosen.sources, chosen.reasons, chosen.duplicate_of,
+        chosen.sides.tolist(), chosen.copies.tolist(), strict=True,
+    )  # fmt: skip
+    for line, kind, source, reason, duplicate_of, side, copies in rows:
+        if reason:
+            out[NOT_USED].append(_reject(json.loads(line), kind, source, reason, duplicate_of))
+        elif copies:
+            body = json.loads(line)
+            for variant in range(copies):
+                out[side].append(_line(_example(body, kind, source, variant).to_json()))
+    parts = (b"".join(out[side]) for side in (TRAIN, VALIDATION, NOT_USED))
+    return Emitted(*parts, num_candidates=len(chosen.bodies))
+
+
+def _example(body: dict[str, Any], kind: str, source: str, variant: int) -> Example:
+    if "fields" in body:
+        return task(kind).render(body["fields"], source=source, variant=variant)
+    return Example(kind, tuple(Message(role, content) for role, content in body["messages"]), source)
+
+
+def _reject(body: dict[str, Any], kind: str, source: str, reason: str, duplicate_of: str) -> bytes:
+    text = body.get("text")
+    if text is None:
+        example = _example(body, kind, source, 0)
+        text = f"{example.input}\n{example.target}" if example.input else example.target
+    record = {"source": source, "kind": kind, "reason": reason, "text": text}
+    if duplicate_of:
+        record["duplicate_of"] = duplicate_of
+    return _line(json.dumps(record, ensure_ascii=False))
+
+
+def _line(text: str) -> bytes:
+    # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
