@@ -11,43 +11,34 @@ from pathlib import Path
 
 import pytest
 
+import firefly.data.corpora  # noqa: F401 (makes its importers known)
 from firefly import api
-from firefly.data.tasks import load_tasks
+from firefly.data.importers import IMPORTERS, Origin, Skipped, Whole
+from firefly.data.readers import read_records
+from firefly.data.tasks import load_tasks, task
 from firefly.recipe import Recipe
 from tiny import recipe_table, save_model_dir, write_pairs
 
 GOLDEN = Path(__file__).parent / "golden"
-FIELDS = {
-    "Couplet": {"first": "无边落木萧萧下", "second": "不尽长江滚滚来", "form": "七言"},
-    "AncientPoem": {
-        "title": "登鹳雀楼",
-        "author": "王之涣",
-        "dynasty": "唐",
-        "form": "五言绝句",
-        "first_line": "白日依山尽",
-        "poem": "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。",
-    },
-    "ClassicalChinese": {
-        "classical": "温故而知新，可以为师矣。",
-        "modern": "温习旧的而懂得新的，就可以做老师了。",
-    },
-    "Dictionary": {"word": "画蛇添足", "explanation": "多此一举，反而弄糟。"},
-    "SentimentAnalyze": {"review": "房间干净，还会再来。", "label": "1"},
-    "StoryGeneration": {"book": "三侠五义", "opening": "且说包公端坐。", "continuation": "忽听堂下喊冤。"},
-}
+RAW = Path(__file__).parent / "data" / "raw_samples"
 
 
-def rendered() -> list[str]:
-    """Every template of every task, once, in the order in which the variants choose them."""
-    tasks = load_tasks()
-    assert set(tasks) == set(FIELDS)
+def rendered(kind: str) -> str:
+    """What becomes of a kind's three raw records: importer, direction, template, answer; one example a line.
+
+    Each line of raw_samples/KIND.jsonl names the importer and holds a record as it stands in a source, with the
+    source's renamed `fields` where it has some.
+    """
+    path = RAW / f"{kind}.jsonl"
     lines = []
-    for kind, fields in FIELDS.items():
-        seen: dict[str, None] = {}
-        for variant in range(60):
-            seen.setdefault(tasks[kind].render(fields, source="golden", variant=variant).to_json())
-        lines += seen
-    return lines
+    for number, sample in read_records(path):
+        record = sample["record"]
+        record |= {name: record[there] for name, there in sample.get("fields", {}).items()}
+        item = next(iter(IMPORTERS[sample["importer"]](record, Origin(path, number, kind))))
+        assert not isinstance(item, Skipped), f"{path}, line {number}: skipped as {item.reason}"
+        example = item.example if isinstance(item, Whole) else task(kind).render(item.fields, source="golden")
+        lines.append(example.to_json() + "\n")
+    return "".join(lines)
 
 
 def hundred_losses(model: Path, folder: Path) -> list[float]:
@@ -59,8 +50,15 @@ def hundred_losses(model: Path, folder: Path) -> list[float]:
     return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
 
 
-def test_tasks_render_as_before() -> None:
-    assert rendered() == (GOLDEN / "rendered.jsonl").read_text("utf-8").splitlines()
+@pytest.mark.parametrize("kind", load_tasks())
+def test_a_task_renders_as_before(kind: str) -> None:
+    expected = (GOLDEN / "tasks" / f"{kind}.jsonl").read_text("utf-8")
+    assert expected.count("\n") == 3
+    assert rendered(kind) == expected
+
+
+def test_every_golden_file_has_its_task() -> None:
+    assert {path.stem for path in (GOLDEN / "tasks").iterdir()} == set(load_tasks())
 
 
 def test_a_hundred_losses_as_before(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -76,4 +74,5 @@ if __name__ == "__main__":
         base = save_model_dir(Path(place) / "bloom", "bloom")
         losses = hundred_losses(base, Path(place))
     (GOLDEN / "losses.json").write_text(json.dumps(losses, indent=0) + "\n", encoding="utf-8")
-    (GOLDEN / "rendered.jsonl").write_text("".join(line + "\n" for line in rendered()), encoding="utf-8")
+    for name in load_tasks():
+        (GOLDEN / "tasks" / f"{name}.jsonl").write_text(rendered(name), encoding="utf-8")

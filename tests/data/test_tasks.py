@@ -26,7 +26,10 @@ templates = ["{word}是什么意思？", "解释{word}", "请说说{word}的意�
 name = "judge"
 weight = 0.5
 target = "{label}"
-templates = ["{word}：褒义还是贬义？"]
+templates = [
+    "{word}：褒义还是贬义？", "{word}是褒是贬？", "判断褒贬：{word}", "褒贬（{word}）", "{word}的感情色彩：",
+    "“{word}”含褒义吗？", "“{word}”是夸人还是骂人？", "{word}，褒义词或贬义词？", "给{word}标上褒贬。",
+]
 [directions.values.label]
 "1" = "褒义"
 "0" = "贬义"
@@ -42,10 +45,10 @@ def folder_with(tmp_path: Path, text: str, name: str = "dictionary.toml") -> Pat
 
 
 @pytest.mark.parametrize("path", sorted(TASKS_DIR.glob("*.toml")), ids=lambda path: path.stem)
-def test_a_shipped_task_has_ten_distinct_templates_that_do_not_leak(path: Path) -> None:
+def test_a_shipped_task_has_twelve_distinct_templates_that_do_not_leak(path: Path) -> None:
     known = {found.kind.lower(): found for found in load_tasks().values()}[path.stem]
     templates = [template for direction in known.directions for template in direction.templates]
-    assert len(templates) >= 10
+    assert len(templates) >= 12
     assert len(set(templates)) == len(templates)
     assert known.sources, "a task names where its data comes from"
     for direction in known.directions:
@@ -64,6 +67,13 @@ def test_six_tasks_ship_under_their_firefly_names() -> None:
     assert set(load_tasks()) >= {
         "Couplet", "AncientPoem", "ClassicalChinese", "Dictionary", "SentimentAnalyze", "StoryGeneration",
     }  # fmt: skip
+
+
+def test_two_tasks_may_not_share_a_template(tmp_path: Path) -> None:
+    folder_with(tmp_path, GOOD)
+    folder_with(tmp_path, GOOD.replace('kind = "Dictionary"', 'kind = "Words"'), "words.toml")
+    with pytest.raises(InputError, match=r"words\.toml: the template '.*' is also in .*dictionary\.toml"):
+        load_tasks(tmp_path)
 
 
 def test_the_same_record_is_always_asked_the_same_way(tmp_path: Path) -> None:
@@ -146,7 +156,10 @@ def test_an_unknown_task_names_the_nearest() -> None:
         ("解释{word}", "解释{word", "brace"),
         ('target = "{label}"', 'target = "好"', "names no field"),
         ("values.label", "values.explanation", "values of 'explanation'"),
-        ('metric = "chrf"', 'metric = "bleu"', "metric: "),
+        ('metric = "chrf"', 'metric = "blue"', "metric: "),
+        ('"给{word}标上褒贬。",', "", "11 templates over all directions; write at least 12"),
+        ("cap = 5", "cap = 5\nweight = 0", "weight: "),
+        ('licence = "Apache-2.0"', 'licence = "Apache-2.0"\nfiles = "a"', "unknown key; did you mean 'file'"),
         ('kind = "Dictionary"', 'kind = "Lexicon"', r"must be named lexicon\.toml"),
         ("cap = 5", "cap = ", "not valid TOML"),
         ('title_en = "idioms"', "", "title_en"),

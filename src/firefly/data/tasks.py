@@ -4,7 +4,7 @@
 
 A task asks in one or more *directions* (word → explanation, explanation → word), each with several templates
 written by hand. Which template a record gets is decided by a hash of the record, so the same record is asked in
-the same way on every machine and in every run, whatever stands around it.
+the same way on every machine and in every run, whatever stands around it. docs/new-task.md adds a task in ten lines.
 """
 
 from __future__ import annotations
@@ -25,11 +25,17 @@ from pydantic.dataclasses import dataclass
 
 from firefly.data.example import Example
 from firefly.errors import InputError, choices
+from firefly.files import require_file
 
 TASKS_DIR = Path(__file__).parent / "tasks"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _STRICT = ConfigDict(extra="forbid")
+MIN_TEMPLATES = 12  # fewer, and a model learns the wording instead of the task
 Text = Annotated[str, Field(min_length=1)]
+Metric = Literal[
+    "accuracy", "entity_f1", "keyword_f1", "span_f1", "correction_f1", "bleu", "chrf", "rouge",
+    "couplet", "poem", "distinct",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -55,6 +61,8 @@ class TaskSource:
     name: Text
     licence: Text
     url: str = ""
+    file: str = ""  # its name in the corpus pack
+    note: str = ""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -64,10 +72,12 @@ class Task:
     kind: Text
     title_zh: Text
     title_en: Text
-    metric: Literal["couplet", "poem", "accuracy", "chrf", "distinct"]
+    metric: Metric
     fields: Annotated[tuple[Text, ...], Field(min_length=1)]  # what a raw record may have
     cap: Annotated[int, Field(ge=1)]  # records of this task when the recipe does not say
     directions: Annotated[tuple[Direction, ...], Field(min_length=1)]
+    weight: Annotated[float, Field(gt=0)] = 1.0  # how often a record is used when the recipe does not say
+    stand_in: str = ""  # what takes the place of data that may not be used, said plainly
     sources: tuple[TaskSource, ...] = ()
 
     def eligible(self, names: Collection[str]) -> list[Direction]:
@@ -122,21 +132,38 @@ def _mapped(name: str, value: str, mapping: Mapping[str, str], source: str) -> s
 
 @cache
 def load_tasks(folder: Path = TASKS_DIR) -> Mapping[str, Task]:
-    """Every task of a folder, by kind, in the order of the file names; raises `InputError` for a wrong file."""
-    tasks = [_load(path) for path in sorted(folder.glob("*.toml"))]
-    return {task.kind: task for task in tasks}
+    """Every task of a folder, by kind, in the order of the file names.
+
+    Raises `InputError` for a wrong file, and for a template that two tasks share: its questions would have two
+    kinds of answer.
+    """
+    tasks = {path: load_task(path) for path in sorted(folder.glob("*.toml"))}
+    places: dict[str, Path] = {}
+    for path, loaded in tasks.items():
+        for template in {text for direction in loaded.directions for text in direction.templates}:
+            if template in places:
+                raise InputError(f"{path}: the template '{template}' is also in {places[template]}.")
+            places[template] = path
+    return {loaded.kind: loaded for loaded in tasks.values()}
 
 
 def task(kind: str) -> Task:
-    """The task of that name; raises `InputError` with the choices when there is none."""
+    """The task of that name, or of that file when the name ends in ".toml".
+
+    Raises `InputError` with the choices when there is none, or for a wrong file.
+    """
+    if kind.endswith(".toml"):
+        return load_task(Path(kind))
     tasks = load_tasks()
     if kind not in tasks:
         raise InputError(f"Unknown task '{kind}': {choices(kind, tasks)}.")
     return tasks[kind]
 
 
-def _load(path: Path) -> Task:
+@cache
+def load_task(path: Path) -> Task:
     """Read and check one task file; raises `InputError` naming the file and all of its mistakes."""
+    require_file(path, "the task file")
     try:
         table = tomllib.loads(path.read_text("utf-8"))
         loaded = TypeAdapter(Task).validate_python(table)
@@ -181,6 +208,8 @@ def _mistakes(task: Task, stem: str) -> list[str]:
             for pattern in (direction.target, *direction.templates)
             if re.search(r"[{}]", _PLACEHOLDER.sub("", pattern))
         ]
+    if len(templates) < MIN_TEMPLATES:
+        found.append(f"{len(templates)} templates over all directions; write at least {MIN_TEMPLATES}")
     return found
 
 
