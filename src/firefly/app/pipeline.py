@@ -22,6 +22,7 @@ from typing import Any, Literal
 import firefly
 from firefly.console import say
 from firefly.data.dataset import build_dataset
+from firefly.data.readers import files_of
 from firefly.data.tokens import encode_dataset
 from firefly.errors import CheckpointError, OutputError, RecipeError
 from firefly.evaluate.run import evaluate
@@ -36,6 +37,8 @@ from firefly.train.loop import HARMLESS, train
 
 StageName = Literal["dataset", "prune", "tokens", "train", "evaluate"]
 STAGES: tuple[StageName, ...] = ("dataset", "prune", "tokens", "train", "evaluate")
+_OF_TOKENS = {"max_seq_length", "overlong", "allow_lost_targets", "chat_format"}  # what encoding looks at
+_HARMLESS_DATA = {"engine", "num_workers"}  # the same bytes either way
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def _what_counts(recipe: Recipe) -> dict[str, Any]:
     """The options that decide about the trained weights, by their full names."""
     tables = recipe.model_dump(include={"model", "prune", "data", "train"}, exclude_none=True)
     options = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    return {name: value for name, value in options.items() if name.removeprefix("train.") not in HARMLESS}
+    harmless = {f"train.{name}" for name in HARMLESS} | {f"data.{name}" for name in _HARMLESS_DATA}
+    return {name: value for name, value in options.items() if name not in harmless}
 
 
 class _Line:
@@ -131,8 +135,9 @@ class _Line:
 
     def dataset(self, base: Path) -> None:  # noqa: ARG002 - stages have one signature
         data = self.recipe.data
-        files = [_identity(locate(source.path)) for source in data.sources]
-        choices = data.model_dump(exclude={"max_seq_length", "overlong", "allow_lost_targets"})
+        read = [path for source in data.sources for path in files_of(locate(source.path))]
+        files = [_identity(path) for path in (*read, *map(Path, data.decontaminate))]
+        choices = data.model_dump(exclude=_OF_TOKENS | _HARMLESS_DATA | {"pack_length"})
         place = self.out / "dataset"
         self._stage("dataset", place, [choices, files], lambda: build_dataset(data, place))
 
@@ -164,9 +169,8 @@ class _Line:
 
     def tokens(self, base: Path) -> None:
         data = self.recipe.data
-        limits = [data.max_seq_length, data.overlong, data.allow_lost_targets]
         depends = [
-            limits,
+            data.model_dump(include=_OF_TOKENS),
             self.marks["dataset"],
             self.marks.get("prune"),
             sha256_file(base / "tokenizer.json"),

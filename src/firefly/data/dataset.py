@@ -115,7 +115,7 @@ def build_dataset(data: DataSection, out: Path) -> DatasetResult:
         raise OutputError(f"{out} exists and is not a dataset; choose another output_dir, or remove it.")
     require_disk(out, _SPACE * sum(file.path.stat().st_size for file in files))
     with directory_atomic(out) as folder:
-        read = _read(data, files, folder / "candidates")
+        read = _read_sources(data, files, folder / "candidates")
         decided = _decide(data, read)
         _write(data, read, decided, folder)
         characters = read.spool.column("characters")
@@ -150,7 +150,7 @@ def _check(index: int, source: Source) -> list[_File]:
     return files
 
 
-def _read(data: DataSection, files: list[_File], place: Path) -> _Read:
+def _read_sources(data: DataSection, files: list[_File], place: Path) -> _Read:
     """First pass: every record of every source becomes a candidate on disk."""
     read = _Read(Spool(place), files)
     total_bytes = sum(file.path.stat().st_size for file in files)
