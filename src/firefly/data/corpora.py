@@ -119,13 +119,15 @@ def import_alpaca_cot(record: dict[str, Any], origin: Origin) -> Iterator[Import
 def import_pclue(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     """pCLUE's questions, already worded; its `type` says which task each belongs to."""
     question, answer, kind = (_text(record, name, origin) for name in ("input", "target", "type"))
-    options = _texts(record, "answer_choices", origin) if "answer_choices" in record else []
+    options = _texts(record, "answer_choices", origin) if record.get("answer_choices") else []
     if options and answer not in options:
         yield Skipped("answer_not_among_choices", origin.source, question)
         return
     kinds = {"nli": "NLI", "mrc": "MRC"}
     if kind == "classify" and len(options) == 2:  # do two sentences say the same?
         kinds["classify"] = "TextMatching"
+    if "关键词" in question:
+        kinds["generate"] = "KeywordRecognition"
     example = Example.of(kinds.get(kind, "BELLE"), question, answer, origin.source)
     yield Whole(example, group_of(question))
 
@@ -454,8 +456,9 @@ def import_ape210k(record: dict[str, Any], origin: Origin) -> Iterator[Imported]
         yield Skipped("equation_disagrees", origin.source, f"{question} {equation} {answer}")
         return
     result = re.sub(r"^(\d*)\((\d+/\d+)\)$", lambda m: f"{m[1]}又{m[2]}" if m[1] else m[2], answer)
-    shown = re.sub(r"(?<!\()(\b[\d.]+|\))/|/(?![\d.]+\))", lambda m: f"{m[1] or ''}÷", expression)
-    shown = re.sub(r"\((\d+/\d+)\)", r"\1", shown).replace("**", "^").replace("*", "×")
+    shown = re.sub(r"(\(\d+/\d+\))|/", lambda m: m[1] or "÷", expression)  # (1/3) is a fraction, not a step
+    shown = shown.replace("**", "^").replace("*", "×")
+    question = question.replace("**2", "²").replace("**3", "³")
     fields = {
         "question": question,
         "equation": shown,
@@ -497,12 +500,13 @@ def _evaluate(node: ast.expr) -> Fraction:
     raise ValueError("not plain arithmetic")
 
 
-_PICTURE = re.compile(
-    r"[如下上左右][列面]?图|图[（(]?[0-9a-d一二三四甲乙丙丁]|[图表]中|示意图|统计图|坐标图|读图|漫画|!\[|<img"
+_LAYOUT = re.compile(
+    r"横线|画线|划线|加点|[如下上左右][列面]?图|图[（(]?[0-9a-d一二三四甲乙丙丁]|[图表]中|示意图|统计图|坐标图|读图|漫画|!\[|<img"
 )
 _QUESTION_NUMBER = re.compile(r"^\s*(?:\d+\s*[．.、]\s*)?(?:[（(]\s*\d+\s*分\s*[）)])?\s*")
+_BLANK = re.compile(r"(?<=\S)(?=[ \u3000]{3}) *\u3000[ \u3000]*(?=\S)")  # to fill in
 _CJK = "\u3000-\u303f一-鿿\uff00-\uffef“”‘’…—"
-_STRAY_SPACE = re.compile(rf"(?<=[{_CJK}])[ \u3000]+(?=[{_CJK}0-9A-Z])|(?<=[0-9A-Z])[ \u3000]+(?=[{_CJK}])")
+_STRAY_SPACE = re.compile(rf"(?<=[{_CJK}])[ \u3000]+(?=[{_CJK}0-9])|(?<=[0-9A-Z])[ \u3000]+(?=[{_CJK}])")
 _WRAPPED = re.compile(
     r"(?m)^(.{28,}[^。！？!?;；：:\n]) *\n(?![ \u3000]*(?:[A-G①-⑩][．.、 ]|[（(]?\d+[）).．、]|$))"
 )
@@ -512,9 +516,10 @@ _WRAPPED = re.compile(
 def import_gaokao(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     """GAOKAO-Bench: `question`, `analysis` and `answer` (letters, or a text); line ends and spaces of the PDF go.
 
-    A question about a picture cannot be answered without it and is skipped.
+    A question about a picture or about underlined words cannot be answered without them and is skipped.
     """
-    question = _unwrapped(_QUESTION_NUMBER.sub("", _text(record, "question", origin)))
+    question = re.sub("[(（][ \u3000]*[)）]", "（）", _text(record, "question", origin))
+    question = _unwrapped(_BLANK.sub("____", _QUESTION_NUMBER.sub("", question)))
     analysis = _unwrapped(re.sub("【(分析|解答|点评)】", "", _text(record, "analysis", origin)))
     value = record.get("answer")
     answer = (
@@ -523,8 +528,8 @@ def import_gaokao(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
         else _text(record, "answer", origin)
     )
     answer = _unwrapped(re.sub("【(解答|答案)】", "", answer))
-    if _PICTURE.search(question):
-        yield Skipped("needs_picture", origin.source, question)
+    if _LAYOUT.search(question):
+        yield Skipped("needs_layout", origin.source, question)
     elif not (question and analysis and answer):
         yield Skipped("no_question_or_answer", origin.source, question)
     else:
