@@ -105,11 +105,14 @@ def test_a_correction_lists_the_characters_that_changed() -> None:
 
 
 def test_of_several_references_the_usable_and_the_commonest_is_taken() -> None:
-    assert fields("mucgec", {"source": "他很高兴的。", "references": ["无法标注", "他很高兴。"]})["corrected"] == (
-        "他很高兴。"
-    )
+    assert fields("mucgec", {"source": "他很高兴的。", "references": ["无法标注", "他很高兴。"]})[
+        "corrected"
+    ] == ("他很高兴。")
     assert fields("mucgec", {"source": "他很好。", "references": ["没有错误"]})["corrected"] == "他很好。"
-    assert reason("mucgec", {"source": "冈和电池。", "references": ["[缺失成分]和电池。"]}) == "no_whole_reference"
+    assert (
+        reason("mucgec", {"source": "冈和电池。", "references": ["[缺失成分]和电池。"]})
+        == "no_whole_reference"
+    )
     notes = [
         {"correction": "甲。", "annotator_count": 9, "edits_count": 1, "is_grammatical": 0},
         {"correction": "乙。", "annotator_count": 3, "edits_count": 4, "is_grammatical": 1},
@@ -141,7 +144,12 @@ def test_reading_takes_the_commonest_answer_and_keeps_a_passage_together() -> No
 
 
 def test_multiple_choice_letters_match_the_answer() -> None:
-    raw = {"passage": ["男：早。", "女：早。"], "question": "几个人？", "choice": ["一个", "两个"], "answer": "两个"}
+    raw = {
+        "passage": ["男：早。", "女：早。"],
+        "question": "几个人？",
+        "choice": ["一个", "两个"],
+        "answer": "两个",
+    }
     found = fields("multiple_choice", raw)
     assert found["options"] == "A. 一个\nB. 两个"
     assert (found["letter"], found["choice"], found["passage"]) == ("B", "两个", "男：早。\n女：早。")
@@ -176,7 +184,10 @@ def test_an_abstract_has_one_group_whatever_is_asked_about_it() -> None:
 def test_triples_give_their_parts() -> None:
     found = fields("triples", {"question": "谁写的？", "triple": "红楼梦 ||| 作者 ||| 曹雪芹"})
     assert (found["subject"], found["relation"], found["answer"]) == ("红楼梦", "作者", "曹雪芹")
-    assert reason("triples", {"question": "谁写的？", "triple": "红楼梦 ||| 作者 ||| "}) == "no_question_or_answer"
+    assert (
+        reason("triples", {"question": "谁写的？", "triple": "红楼梦 ||| 作者 ||| "})
+        == "no_question_or_answer"
+    )
 
 
 def test_cross_references_are_no_translations() -> None:
@@ -206,7 +217,9 @@ def test_an_equation_is_shown_as_in_school_when_it_gives_the_answer(
 
 @pytest.mark.parametrize("equation", ["x=2+3", "x=1/0", "x=9**9**9", "x=__import__('os')", "x=((((1+", "x="])
 def test_an_equation_that_does_not_give_the_answer_is_skipped(equation: str) -> None:
-    assert reason("ape210k", {"original_text": "题", "equation": equation, "ans": "6"}) == "equation_disagrees"
+    assert (
+        reason("ape210k", {"original_text": "题", "equation": equation, "ans": "6"}) == "equation_disagrees"
+    )
 
 
 def test_a_bare_number_is_no_reasoning() -> None:
@@ -241,7 +254,11 @@ def test_exam_questions_lose_the_pdfs_layout() -> None:
 
 
 def test_code_has_one_kind_of_line_end() -> None:
-    raw = {"text": "Add.", "code": "def add(a, b): \r\n\treturn a + b\r\n", "test_list": ["assert add(1, 1) == 2"]}
+    raw = {
+        "text": "Add.",
+        "code": "def add(a, b): \r\n\treturn a + b\r\n",
+        "test_list": ["assert add(1, 1) == 2"],
+    }
     assert fields("mbpp", raw)["code"] == "def add(a, b):\n\treturn a + b"
 
 
