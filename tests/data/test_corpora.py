@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from firefly.data.corpora import CLUENER, group_of
 from firefly.data.importers import IMPORTERS, NEED_TASK, Imported, Origin, Record, Skipped, Whole
 from firefly.data.readers import read_records
-from firefly.data.tasks import load_tasks
+from firefly.data.tasks import load_tasks, task
 from firefly.errors import InputError
 
 RAW = Path(__file__).parent / "raw_samples"
@@ -301,6 +302,57 @@ def test_pclue_with_an_answer_outside_its_choices_is_skipped() -> None:
 
 
 # All of them
+
+# Corpora whose shape an importer must know: file → importer, task, the source's renaming.
+PACK: dict[str, tuple[str, str | None, dict[str, str]]] = {
+    "ner_cluener": ("ner_spans", "NER", {}),
+    "ner_weibo": ("ner_bio", "NER", {}),
+    "corr_sighan15": (
+        "spelling",
+        "TextCorrection",
+        {"sentence": "original_text", "corrected": "correct_text"},
+    ),
+    "corr_yaclc": ("yaclc", "TextCorrection", {}),
+    "corr_mucgec": ("mucgec", "TextCorrection", {}),
+    "corr_grammar": ("grammar_chat", "TextCorrection", {}),
+    "nli_ocnli": ("grouped", "NLI", {"premise": "sentence1", "hypothesis": "sentence2"}),
+    "nli_cinlid": ("grouped", "NLI", {"idiom": "sentence1", "other_idiom": "sentence2"}),
+    "mrc_cmrc2018_trial": ("squad", "MRC", {}),
+    "mrc_c3_d": ("multiple_choice", "MRC", {}),
+    "keyword_csl_kg": ("csl_keywords", "KeywordRecognition", {}),
+    "keyword_fewclue_csl": ("csl_candidates", "KeywordRecognition", {}),
+    "keyword_tnews": ("tags", "KeywordRecognition", {}),
+    "match_qbqtc": ("grouped", "TextMatching", {"relevance": "label"}),
+    "senti_eprstmt": ("grouped", "SentimentAnalyze", {"review": "sentence"}),
+    "summary_vcsum": ("meetings", "Summary", {}),
+    "qa_kgclue": ("triples", "OpenQA", {"triple": "answer"}),
+    "cot_ape210k": ("ape210k", "Cot", {}),
+    "cot_gaokao": ("gaokao", "Cot", {}),
+    "cot_gsm8k": ("gsm8k", "Cot", {}),
+    "cot_alpaca_cot": ("alpaca_cot", "Cot", {}),
+    "prog_mbpp": ("mbpp", "Program", {}),
+    "prog_codealpaca2k": ("instructions", "Program", {}),
+    "trans_wmt21": ("grouped", "Translation", {}),
+    "dict_cc_cedict": ("cedict", "Translation", {}),
+    "mix_pclue_9": ("pclue", None, {}),
+}
+
+
+@pytest.mark.parametrize("name", PACK)
+def test_the_first_records_of_a_real_corpus_become_questions_and_answers(name: str, shared: Path) -> None:
+    used, kind, rename = PACK[name]
+    path = shared / "data" / "pack" / f"{name}.jsonl.zst"
+    useful = 0
+    for line, record in islice(read_records(path), 300):
+        record |= {field: record[there] for field, there in rename.items()}
+        for item in IMPORTERS[used](record, Origin(path, line, kind)):
+            if isinstance(item, Record):
+                example = task(kind or "").render(item.fields, source=item.source)
+                assert example.input and example.target
+            if not isinstance(item, Skipped):
+                useful += 1
+    assert useful >= 60
+
 
 IMPORTERS_HERE = sorted(
     name for name, function in IMPORTERS.items() if function.__module__ == "firefly.data.corpora"

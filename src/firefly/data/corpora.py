@@ -195,7 +195,7 @@ def _entities(
     for kind, entity in dict.fromkeys((kind, entity.strip()) for kind, entity in found):
         table.setdefault(kind, []).append(entity)
     absent = [kind for kind in types if kind not in table]
-    asked = _choice([*table, *([_choice(absent, text)] if absent else [])], "asked" + text)
+    asked = _choice([*table] * 3 + ([_choice(absent, text)] if absent else []), "asked" + text)
     fields = {
         "text": text.strip(),
         "types": "、".join(types),
