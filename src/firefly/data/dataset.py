@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import firefly.data.conversations  # noqa: F401  registers its importers
 from firefly import console
 from firefly.data.clean import Duplicates, digest, reject_reason
 from firefly.data.example import Example
