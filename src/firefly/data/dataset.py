@@ -16,13 +16,13 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import firefly.data.conversations  # noqa: F401  registers its importers
 from firefly import console
-from firefly.data.clean import Duplicates, digest, reject_reason
+from firefly.data.clean import Duplicates, clean, digest
 from firefly.data.example import Example
 from firefly.data.importers import IMPORTERS, Imported, Origin, Record, Skipped, recognise
 from firefly.data.readers import read_records
@@ -159,7 +159,8 @@ def _decide(
     """Where a candidate goes (train, validation or rejected) and its line there; counts it."""
     reason = candidate.reason
     if candidate.example:
-        reason = reject_reason(candidate.example)
+        mended, reason = clean(candidate.example, data.clean)
+        candidate = replace(candidate, example=mended)
     if candidate.example and data.deduplicate != "off":
         reason = reason or duplicates(candidate.example)
     if reason:
