@@ -13,10 +13,12 @@ import gzip
 import hashlib
 import json
 import lzma
+import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +37,7 @@ _UNWRITABLE = {
     errno.EISDIR,
 }
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+LONGEST_LINE_BYTES = 64 << 20  # a longer line is a mistake, and is not held in memory
 
 
 @contextlib.contextmanager
@@ -207,41 +210,82 @@ def open_binary(path: Path) -> IO[bytes]:
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text without its line end); BOM and CRLF are taken off.
 
-    Raises `InputError` for a missing or empty file, broken compression, or a line that is not UTF-8.
+    Raises `InputError` for a missing or empty file, broken compression, or a line that is not UTF-8 or too long.
+    """
+    for number, line in read_lines_tolerant(path):
+        if isinstance(line, BadLine):
+            raise line
+        yield number, line
+
+
+class BadLine(InputError):
+    """A line that is too long or not UTF-8; `text` is what could be read of it, with � where bytes are wrong."""
+
+    def __init__(self, message: str, text: str = "") -> None:
+        super().__init__(message)
+        self.text = text
+
+
+def read_lines_tolerant(path: Path) -> Iterator[tuple[int, str | BadLine]]:
+    """Like `read_lines`, but a bad line comes as the error about it, and the next lines follow.
+
+    Still raises when nothing further can be read: a missing, empty or unreadable file, broken compression.
     """
     require_file(path, "The file")
     number = 0
-    try:
-        with open_binary(path) as stream:
-            for number, raw in enumerate(_split_lines(stream), start=1):
+    with damage_named(path, lambda: f"after line {number}"), open_binary(path) as stream:
+        for number, raw in enumerate(_split_lines(stream), start=1):
+            line: str | BadLine
+            if raw is None:
+                limit = f"longer than {LONGEST_LINE_BYTES >> 20} MiB"
+                line = BadLine(f"{path}, line {number}: {limit}; split the file into lines, one record each.")
+            else:
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
+                raw = raw.rstrip(b"\r\n")
                 try:
-                    yield number, raw.rstrip(b"\r\n").decode("utf-8")
+                    line = raw.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise InputError(
+                    line = BadLine(
                         f"{path}, line {number}: byte {error.start} is not valid UTF-8; "
-                        "convert the file to UTF-8 (for example with `iconv -f GB18030 -t UTF-8`)."
-                    ) from error
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+                        "convert the file to UTF-8 (for example with `iconv -f GB18030 -t UTF-8`).",
+                        raw.decode("utf-8", "replace"),
+                    )
+            yield number, line
+
+
+@contextlib.contextmanager
+def damage_named(path: Path, where: Callable[[], str]) -> Iterator[None]:
+    """Turn broken compression and the system's refusals while reading `path` into one sentence (`InputError`)."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise InputError(
-            f"{path}: the compressed data breaks off or is damaged after line {number}; fetch or compress it again."
+            f"{path}: the compressed data breaks off or is damaged {where()}; fetch or compress it again."
         ) from error
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read after line {number} ({error}); check its rights, or fetch or compress it again."
+            f"{path}: cannot be read {where()} ({error}); check its rights, or fetch or compress it again."
         ) from error
 
 
-def _split_lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Lines of a binary stream; works for streams that cannot iterate (pyarrow's)."""
-    rest = b""
+def _split_lines(stream: IO[bytes]) -> Iterator[bytes | None]:
+    """Lines of a binary stream, None for one that is too long; works where iteration does not (pyarrow)."""
+    held: list[bytes] = []  # the beginning of the line that the last block did not end
+    held_bytes = 0
     while block := stream.read(1 << 20):
-        lines = (rest + bytes(block)).split(b"\n")
-        rest = lines.pop()
-        yield from lines
-    if rest:
-        yield rest
+        lines = bytes(block).split(b"\n")
+        if len(lines) > 1:
+            yield None if held_bytes > LONGEST_LINE_BYTES else b"".join([*held, lines[0]])
+            yield from lines[1:-1]
+            held, held_bytes = [], 0
+        held_bytes += len(lines[-1])
+        if held_bytes > LONGEST_LINE_BYTES:  # the rest of the line is passed over
+            held = []
+        else:
+            held.append(lines[-1])
+    if held_bytes:
+        yield None if held_bytes > LONGEST_LINE_BYTES else b"".join(held)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -250,17 +294,68 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises `InputError` naming file and line for anything that is not one JSON object a line.
     """
     for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path}, line {number}: not valid JSON ({error}); write one JSON object a line."
-            ) from error
-        if not isinstance(record, dict):
-            raise InputError(
-                f"{path}, line {number}: a JSON {type(record).__name__} where an object is needed; "
-                'write one object a line, like {"kind": …, "input": …, "target": …}.'
-            )
-        yield number, record
+        if line and not line.isspace():
+            yield number, json_object(line, f"{path}, line {number}")
+
+
+def json_object(text: str, where: str) -> dict[str, Any]:
+    """The JSON object that `text` holds; raises `InputError` beginning with `where`.
+
+    Stricter than Python's parser, as other readers of the same file will be: no NaN, no infinite number, no key
+    twice in an object, no half of a surrogate pair.
+    """
+    try:
+        record = JSON_DECODER.decode(text)
+        if "\\u" in text:
+            refuse_lone_surrogates(record)
+    except (ValueError, RecursionError) as error:
+        raise not_json(error, where) from error
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{where}: a JSON {type(record).__name__} where an object is needed; "
+            'write one object a line, like {"kind": …, "input": …, "target": …}.'
+        )
+    return record
+
+
+class RefusedJSON(ValueError):
+    """JSON that is well-formed for Python's parser, and refused here."""
+
+
+def not_json(error: ValueError | RecursionError, where: str) -> InputError:
+    """The sentence about a text that `JSON_DECODER` refused."""
+    why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return InputError(f"{where}: not valid JSON ({why}); write one JSON object a line.")
+
+
+def refuse_lone_surrogates(record: Any) -> None:
+    """Raise `RefusedJSON` for a string that UTF-8 cannot hold: half of an emoji, cut apart by some program."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RefusedJSON(
+            f"half of a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no character"
+        ) from error
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+        raise RefusedJSON(f"the key {json.dumps(twice, ensure_ascii=False)} occurs twice in one object")
+    return record
+
+
+def _no_constant(name: str) -> float:
+    raise RefusedJSON(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_constant(text)
+
+
+JSON_DECODER = json.JSONDecoder(
+    object_pairs_hook=_each_key_once, parse_constant=_no_constant, parse_float=_finite
+)

@@ -126,13 +126,11 @@ def test_lines_without_punctuation_are_a_poem_too() -> None:
     assert getattr(verse, "text", verse) == "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。"
 
 
-def test_firefly_alpaca_and_messages_become_examples(tmp_path: Path) -> None:
+def test_firefly_and_messages_become_examples(tmp_path: Path) -> None:
     path = write(
         tmp_path / "f.jsonl",
         [
-            {"kind": "Couplet", "input": "上联", "target": "下联"},
-            {"instruction": "翻译", "input": "你好", "output": "Hello"},
-            {"instruction": "再见", "input": "", "output": "Bye", "history": [["早", "早上好"]]},
+            {"kind": "Couplet", "input": " 上联", "target": "下联\n"},
             {
                 "kind": "Chat",
                 "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}],
@@ -140,13 +138,10 @@ def test_firefly_alpaca_and_messages_become_examples(tmp_path: Path) -> None:
         ],
     )
     found = [item.example for item in read(path, "firefly") if isinstance(item, Whole)]
-    assert [(example.kind, example.input, example.target) for example in found] == [
-        ("Couplet", "上联", "下联"),
-        ("BELLE", "翻译\n你好", "Hello"),
-        ("BELLE", "早\n早上好\n再见", "Bye"),
-        ("Chat", "问", "答"),
+    assert [(example.kind, example.input, example.target, example.source) for example in found] == [
+        ("Couplet", " 上联", "下联\n", "f.jsonl:1"),
+        ("Chat", "问", "答", "f.jsonl:2"),
     ]
-    assert [example.source for example in found] == [f"f.jsonl:{line}" for line in (1, 2, 3, 4)]
 
 
 def test_plain_text_is_one_assistant_message_a_document(tmp_path: Path) -> None:
@@ -172,8 +167,13 @@ def test_numbers_become_text_and_foreign_fields_are_left_out(tmp_path: Path) -> 
     ("record", "kind", "expected"),
     [
         ({"kind": "X", "input": "a", "target": "b"}, None, "firefly"),
-        ({"instruction": "a", "output": "b"}, None, "firefly"),
-        ({"messages": []}, None, "firefly"),
+        ({"kind": "X", "messages": []}, None, "firefly"),
+        ({"messages": []}, None, "messages"),
+        ({"instruction": "a", "output": "b"}, None, "alpaca"),
+        ({"instruction": "a", "input": "", "output": "b", "history": []}, "Program", "alpaca"),
+        ({"conversation_id": 1, "conversation": []}, None, "conversation"),
+        ({"id": "1", "conversations": []}, None, "sharegpt"),
+        ({"kind": "X", "chat": {}}, None, "moss"),
         (DENGGAO, "AncientPoem", "poems"),
         (DENGGAO, "Couplet", "couplets"),
         ({"word": "a", "explanation": "b"}, "Dictionary", "records"),
@@ -243,7 +243,6 @@ def test_bom_and_crlf_do_not_matter(tmp_path: Path) -> None:
         ),
         ("text", None, b'{"txt": "a"}\n', "line 1: field 'text' is missing.*there are: txt"),
         ("firefly", None, b'{"kind": "A", "input": "b"}\n', "line 1: field 'target' is missing"),
-        ("firefly", None, b'{"instruction": "a", "output": "b", "history": 3}\n', "line 1: field 'history'"),
         ("records", "Dictionary", b"", "is empty"),
     ],
 )

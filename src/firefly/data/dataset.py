@@ -41,7 +41,7 @@ from firefly.data.stats import histogram_summary
 from firefly.data.tasks import load_tasks, task
 from firefly.errors import FireflyError, InputError, OutputError, choices
 from firefly.files import directory_atomic, locate, read_json_lines, require_disk, sha256_file, write_json
-from firefly.recipe import DataSection, Source
+from firefly.recipe import CleanSection, DataSection, Source
 
 Split = Literal["train", "validation"]
 FILES = {"train": "train.jsonl", "validation": "validation.jsonl", "rejected": "rejects.jsonl.zst"}
@@ -273,7 +273,7 @@ def _write(data: DataSection, read: _Read, decided: _Decided, folder: Path) -> N
         rejects,
         console.progress("write", read.spool.num_candidates, "candidates") as shown,
     ):
-        chosen = _chosen(read, decided)
+        chosen = _chosen(read, decided, data.clean)
         for emitted in ordered_map(emit, chosen, engine=data.engine, num_workers=data.num_workers):
             train.write(emitted.train)
             validation.write(emitted.validation)
@@ -281,7 +281,7 @@ def _write(data: DataSection, read: _Read, decided: _Decided, folder: Path) -> N
             shown.advance(emitted.num_candidates)
 
 
-def _chosen(read: _Read, decided: _Decided) -> Iterator[Chosen]:
+def _chosen(read: _Read, decided: _Decided, clean: CleanSection) -> Iterator[Chosen]:
     """The candidates in blocks, with what was decided about them."""
     file, line = read.spool.column("file"), read.spool.column("line")
 
@@ -298,6 +298,7 @@ def _chosen(read: _Read, decided: _Decided) -> Iterator[Chosen]:
             duplicate_of=[place(other) for other in decided.duplicate_of[span]],
             sides=decided.side[span],
             copies=decided.copies[span],
+            clean=clean,
         )
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from firefly.data.clean import mended
 from firefly.data.example import Example, Message
 from firefly.data.tasks import task
+from firefly.recipe import CleanSection
 
 NOT_USED, TRAIN, VALIDATION = 0, 1, 2  # sides of the split
 
@@ -30,6 +32,7 @@ class Chosen:
     duplicate_of: list[str]  # N, "file:line" of the one that stays instead
     sides: NDArray[np.uint8]  # N
     copies: NDArray[np.int64]  # N
+    clean: CleanSection
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +54,30 @@ def emit(chosen: Chosen) -> Emitted:
     )  # fmt: skip
     for line, kind, source, reason, duplicate_of, side, copies in rows:
         if reason:
-            out[NOT_USED].append(_reject(json.loads(line), kind, source, reason, duplicate_of))
+            out[NOT_USED].append(_reject(_text(json.loads(line), kind, source, chosen.clean), kind, source, reason, duplicate_of))
         elif copies:
             body = json.loads(line)
             for variant in range(copies):
-                out[side].append(_line(_example(body, kind, source, variant).to_json()))
+                out[side].append(_line(_example(body, kind, source, variant, chosen.clean).to_json()))
     parts = (b"".join(out[side]) for side in (TRAIN, VALIDATION, NOT_USED))
     return Emitted(*parts, num_candidates=len(chosen.bodies))
 
 
-def _example(body: dict[str, Any], kind: str, source: str, variant: int) -> Example:
+def _example(body: dict[str, Any], kind: str, source: str, variant: int, options: CleanSection) -> Example:
     if "fields" in body:
-        return task(kind).render(body["fields"], source=source, variant=variant)
+        return mended(task(kind).render(body["fields"], source=source, variant=variant), options)
     return Example(kind, tuple(Message(role, content) for role, content in body["messages"]), source)
 
 
-def _reject(body: dict[str, Any], kind: str, source: str, reason: str, duplicate_of: str) -> bytes:
-    text = body.get("text")
-    if text is None:
-        example = _example(body, kind, source, 0)
-        text = f"{example.input}\n{example.target}" if example.input else example.target
+def _text(body: dict[str, Any], kind: str, source: str, options: CleanSection) -> str:
+    """What a person needs to see of a candidate that was dropped."""
+    if "text" in body:
+        return str(body["text"])
+    example = _example(body, kind, source, 0, options)
+    return f"{example.input}\n{example.target}" if example.input else example.target
+
+
+def _reject(text: str, kind: str, source: str, reason: str, duplicate_of: str) -> bytes:
     record = {"source": source, "kind": kind, "reason": reason, "text": text}
     if duplicate_of:
         record["duplicate_of"] = duplicate_of

@@ -3,9 +3,9 @@
     records    {"word": …, "explanation": …}: fields that a task renders
     poems      {"title", "authorName", "dynasty", "content": [lines]}: 绝句 and 律诗
     couplets   the same poems: the two middle couplets of 律诗, which are antithetical by rule
-    firefly    {"kind", "input", "target"} or {"kind", "messages"}, or Alpaca's {"instruction", "input", "output"}
+    firefly    {"kind", "input", "target"} or {"kind", "messages"}: firefly-train-1.1M, and our own datasets
     text       plain text to pre-train on: a .txt line or a JSON record's "text" is one document
-    auto       whichever of these the first record looks like
+    auto       whichever of these, or of the shapes in `conversations`, the first record looks like
 
 `readers` knows the file formats; an importer sees one record at a time and nothing else, so records can be
 imported in any process. Every record has a *group*: records of one group are never split between training and
@@ -15,15 +15,17 @@ A new shape is one function with the decorator `@importer("name")`.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from firefly.data.clean import digest, normalised
 from firefly.data.example import Example
-from firefly.data.readers import read_records
+from firefly.data.readers import files_of, read_tolerant
 from firefly.data.tasks import load_tasks, task
 from firefly.errors import InputError, choices
 
@@ -75,13 +77,20 @@ Imported = Record | Whole | Skipped
 Importer = Callable[[dict[str, Any], Origin], Iterable[Imported]]
 IMPORTERS: dict[str, Importer] = {}
 NEED_TASK: set[str] = set()  # importers that yield raw fields
+_SHAPES: list[tuple[frozenset[str], str]] = []  # the fields by which "auto" knows an importer's records
 
 
-def importer(name: str, *, needs_task: bool = False) -> Callable[[Importer], Importer]:
-    """Make a function available to recipes as `importer = "name"`; it raises `InputError` for a bad record."""
+def importer(
+    name: str, *, needs_task: bool = False, shapes: Iterable[Collection[str]] = ()
+) -> Callable[[Importer], Importer]:
+    """Make a function available to recipes as `importer = "name"`; it raises `InputError` for a bad record.
+
+    "auto" chooses it for a record that has all fields of one of `shapes`, if no other shape has more of them.
+    """
 
     def register(function: Importer) -> Importer:
         IMPORTERS[name] = function
+        _SHAPES.extend((frozenset(shape), name) for shape in shapes)
         if needs_task:
             NEED_TASK.add(name)
         return function
@@ -109,15 +118,13 @@ def recognise(name: str, path: Path, kind: str | None) -> str:
 
 
 def _guess(path: Path, kind: str | None) -> str:
-    _, first = next(read_records(path), (0, None))
+    records = (read_tolerant(file) for file in files_of(path))
+    first = next((record for _, record in chain.from_iterable(records) if isinstance(record, dict)), None)
     if first is None:
         raise InputError(f"{path} has no records; give a file with content.")
-    if (
-        "messages" in first
-        or {"input", "target"} <= first.keys()
-        or {"instruction", "output"} <= first.keys()
-    ):
-        return "firefly"
+    fitting = [(shape, name) for shape, name in _SHAPES if shape <= first.keys()]
+    if fitting:
+        return max(fitting, key=lambda entry: len(entry[0]))[1]
     if isinstance(first.get("content"), list) and "title" in first:
         return "couplets" if kind == "Couplet" else "poems"
     if kind is not None:
@@ -152,38 +159,18 @@ def field_text(record: dict[str, Any], name: str, origin: Origin) -> str:
         raise InputError(
             f"{origin}: field '{name}' is a {type(value).__name__} where a text or a number is needed."
         )
+    if isinstance(value, float) and not math.isfinite(value):  # Parquet can hold it
+        raise InputError(f"{origin}: field '{name}' is {value}, which is no number to train on.")
     return str(value).strip()
 
 
-@importer("firefly")
+@importer("firefly", shapes=[{"input", "target"}, {"kind", "messages"}])
 def import_firefly(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
-    """Examples as firefly-train-1.1M, BELLE and Alpaca write them; the latter two become kind "BELLE"."""
-    if "instruction" in record and "output" in record:
-        record = _from_alpaca(record, origin)
+    """Examples as firefly-train-1.1M writes them, character by character; other shapes are in `conversations`."""
     example = Example.from_record(record, origin.path, origin.line, origin.kind)
     example = replace(example, source=origin.source)
     # By question: two answers to one question stay on one side of the split.
     yield Whole(example, digest(normalised(example.input or example.target)))
-
-
-def _from_alpaca(record: dict[str, Any], origin: Origin) -> dict[str, Any]:
-    """Alpaca's fields, with earlier turns in `history`, as a record with messages."""
-    for name in ("instruction", "output"):
-        field_text(record, name, origin)
-    question = "\n".join(str(part) for part in (record["instruction"], record.get("input")) if part)
-    try:
-        pairs = [*(record.get("history") or []), (question, record["output"])]
-        turns = [
-            (role, content)
-            for asked, answer in pairs
-            for role, content in (("user", asked), ("assistant", answer))
-        ]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{origin}: field 'history' must be a list of [question, answer].") from error
-    return {
-        "kind": record.get("kind", "BELLE"),
-        "messages": [{"role": role, "content": content} for role, content in turns],
-    }
 
 
 @importer("text")

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from firefly.data.candidates import COLUMN, Names
-from firefly.data.clean import digest, mend, reject_reason
+from firefly.data.clean import clean, digest, mended
 from firefly.data.dedup import content_key, signature
 from firefly.data.example import Example, Message
 from firefly.data.importers import IMPORTERS, Imported, Origin, Record, Skipped
 from firefly.data.overlap import EvaluationGrams
-from firefly.data.tasks import Task, task
+from firefly.data.tasks import task
 from firefly.errors import InputError
 from firefly.recipe import CleanSection
 
@@ -121,42 +121,27 @@ def _candidate(work: Work, origin: Origin, item: Imported) -> _Candidate:
         return _Candidate(origin.line, work.kind or "unknown", {"text": item.text}, reason=item.reason)
     if isinstance(item, Record):
         known = task(origin.kind or "")
-        fields = {name: mend(text, work.clean) for name, text in item.fields.items()}
-        full = [name for name, text in fields.items() if text.strip()]
-        if known.eligible(fields) and not known.eligible(full):
-            return _Candidate(
-                origin.line,
-                known.kind,
-                {"text": json.dumps(fields, ensure_ascii=False)},
-                reason="empty_field",
-            )
-        example = known.render(fields, source=str(origin))
-        body: dict[str, Any] = {"fields": fields}
-        same = _asked(known, fields)
+        full = [name for name, text in item.fields.items() if text.strip()]
+        if known.eligible(item.fields) and not known.eligible(full):
+            text = json.dumps(item.fields, ensure_ascii=False)
+            return _Candidate(origin.line, known.kind, {"text": text}, reason="empty_field")
+        example, reason = clean(known.render(item.fields, source=str(origin)), work.clean)
+        body: dict[str, Any] = {"fields": item.fields}
+        # What the task's first direction would ask and answer: two records with the same of it are the same.
+        first = known.eligible(full)[0]
+        parts = [item.fields[name] for name in known.fields if name in first.needs]
+        turns = mended(Example("", tuple(Message("user", part) for part in parts)), work.clean).messages
     else:
-        example = mended(item.example, work.clean)
+        example, reason = clean(item.example, work.clean)
         body = {"messages": [[turn.role, turn.content] for turn in example.messages]}
-        same = "\0".join(turn.content for turn in example.messages)
-    reason = reject_reason(example, work.clean)
-    if not reason and work.evaluation[0]:
-        reason = "contaminated" if _grams(*work.evaluation).hit(same) else None
+        turns = example.messages
+    same = "\0".join(turn.content for turn in turns)
+    if not reason and work.evaluation[0] and _grams(*work.evaluation).hit(same):
+        reason = "contaminated"
     text = f"{example.input}\n{example.target}" if example.input else example.target
     return _Candidate(
         origin.line, example.kind, body, item.group, same, example.target, len(text), reason or ""
     )
-
-
-def mended(example: Example, options: CleanSection) -> Example:
-    """The example with every message mended."""
-    turns = tuple(Message(turn.role, mend(turn.content, options)) for turn in example.messages)
-    return Example(example.kind, turns, example.source)
-
-
-def _asked(known: Task, fields: dict[str, str]) -> str:
-    """What the task's first direction would ask and answer: two records with the same of it are the same."""
-    present = [name for name, text in fields.items() if text.strip()]
-    direction = known.eligible(present)[0]
-    return "\0".join(fields[name] for name in known.fields if name in direction.needs)
 
 
 @cache
