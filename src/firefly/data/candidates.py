@@ -2,13 +2,14 @@
 
     bodies.jsonl   one line a candidate: {"fields": …} to render, {"messages": …}, or {"text": …} when it cannot be used
     columns.bin    one `COLUMN` a candidate: what decides about it, without its text
-    signatures.bin MinHash signatures, when near repetitions are looked for
+    signatures.bin MinHash signatures of those that cleaning kept, when near repetitions are looked for
 
 Only one block of bodies is in memory at a time, and of the columns those that a decision looks at.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Spool:
     """The candidates of one build in a folder of its own; write first, then read."""
 
     folder: Path
-    signature_size: int = 0  # uint32 numbers a candidate; 0: none are kept
+    signature_size: int  # uint32 numbers
     blocks: list[Block] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class Spool:
         self.num_candidates = 0
 
     def add(self, bodies: bytes, columns: NDArray[Any], signatures: NDArray[np.uint32] | None) -> None:
-        """Append a block: its lines, columns [N] of `COLUMN`, and signatures [N, signature_size]."""
+        """Append a block: its lines, columns [N] of `COLUMN`, and signatures [M, signature_size] of those kept."""
         if not len(columns):
             return
         self.blocks.append(Block(self.num_candidates, len(columns), self._num_bytes, len(bodies)))
@@ -108,14 +109,32 @@ class Spool:
         )
 
     def signatures(self) -> NDArray[np.uint32]:
-        """All signatures [N, signature_size], memory-mapped."""
-        shape = (self.num_candidates, self.signature_size)
-        if not self.num_candidates or not self.signature_size:
-            return np.zeros(shape, np.uint32)
-        return np.memmap(self.folder / "signatures.bin", np.uint32, mode="r", shape=shape)
+        """The signatures [M, signature_size] of the M candidates that were kept by cleaning, memory-mapped."""
+        return _mapped(self.folder / "signatures.bin", np.dtype(np.uint32), self.signature_size)
+
+    def bands(self, keys: Callable[[NDArray[np.uint32]], NDArray[np.uint64]]) -> NDArray[np.uint64]:
+        """The band keys [M, B] of the signatures, memory-mapped so that one band lies together."""
+        signatures = self.signatures()
+        num_bands = keys(np.zeros((1, self.signature_size), np.uint32)).shape[1]
+        path = self.folder / "bands.bin"
+        if not len(signatures):
+            return np.zeros((0, num_bands), np.uint64)
+        bands = np.memmap(path, np.uint64, mode="w+", shape=(num_bands, len(signatures)))
+        for start in range(0, len(signatures), _ROWS_AT_ONCE):
+            span = slice(start, start + _ROWS_AT_ONCE)
+            bands[:, span] = keys(signatures[span]).T
+        return bands.T
 
     def bodies(self, block: Block) -> list[bytes]:
         """The lines of one block."""
         with (self.folder / "bodies.jsonl").open("rb") as handle:
             handle.seek(block.offset)
             return handle.read(block.num_bytes).splitlines()
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], width: int) -> NDArray[Any]:
+    """A file of rows of `width` numbers; an empty file cannot be mapped."""
+    rows = path.stat().st_size // (width * dtype.itemsize)
+    if not rows:
+        return np.zeros((0, width), dtype)
+    return np.memmap(path, dtype, mode="r", shape=(rows, width))

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from firefly import console
 from firefly.data.candidates import KEPT, Names, Spool
 from firefly.data.card import write_cards
-from firefly.data.dedup import mark_exact, mark_near
+from firefly.data.dedup import PERMUTATIONS, band_keys, mark_exact, mark_near
 from firefly.data.emit import NOT_USED, TRAIN, VALIDATION, Chosen, emit
 from firefly.data.engine import ordered_map
 from firefly.data.example import Example
@@ -37,7 +37,7 @@ from firefly.data.importers import NEED_TASK, recognise
 from firefly.data.mix import copies, multiplicities, within_cap
 from firefly.data.prepare import Work, prepare, split_number
 from firefly.data.readers import files_of, read_tolerant
-from firefly.data.stats import histogram_summary
+from firefly.data.stats import length_summary
 from firefly.data.tasks import load_tasks, task
 from firefly.errors import FireflyError, InputError, OutputError, choices
 from firefly.files import directory_atomic, locate, read_json_lines, require_disk, sha256_file, write_json
@@ -152,7 +152,7 @@ def _check(index: int, source: Source) -> list[_File]:
 
 def _read_sources(data: DataSection, files: list[_File], place: Path) -> _Read:
     """First pass: every record of every source becomes a candidate on disk."""
-    read = _Read(Spool(place), files)
+    read = _Read(Spool(place, PERMUTATIONS), files)
     total_bytes = sum(file.path.stat().st_size for file in files)
     with console.progress("read", total_bytes / 2**20, "MiB") as shown:
         works = _works(data, read, shown)
@@ -214,18 +214,8 @@ def _decide(data: DataSection, read: _Read) -> _Decided:
     chance = spool.column("chance")
     duplicate_of = np.full(spool.num_candidates, -1, np.int64)
 
-    def drop(found: NDArray[np.int64], name: str) -> None:
-        new = (found >= 0) & (reason == KEPT)
-        duplicate_of[new] = found[new]
-        reason[new] = read.reasons.number(name)
-
     if data.deduplicate != "off":
-        quality = spool.column("quality")
-        drop(mark_exact(spool.column("key"), quality, reason == KEPT), "duplicate")
-        if data.deduplicate == "near":
-            found = mark_near(spool.signatures(), quality, reason == KEPT, data.near_threshold)
-            drop(found, "near_duplicate")
-
+        _mark_repetitions(data, read, reason, duplicate_of)
     alive = reason == KEPT
     for index, given in enumerate(data.sources):
         if given.cap is not None:
@@ -259,6 +249,23 @@ def _decide(data: DataSection, read: _Read) -> _Decided:
     amount *= repeat
     side[amount == 0] = NOT_USED
     return _Decided(kind, source, reason, side, amount, duplicate_of)
+
+
+def _mark_repetitions(
+    data: DataSection, read: _Read, reason: NDArray[np.uint16], duplicate_of: NDArray[np.int64]
+) -> None:
+    """Give repetitions their reason, and the candidate that stays instead."""
+    spool = read.spool
+    alive = np.flatnonzero(reason == KEPT)
+    quality = spool.column("quality")[alive]
+    found = mark_exact(spool.column("key")[alive], quality)
+    reason[alive[found >= 0]] = read.reasons.number("duplicate")
+    if data.deduplicate == "near":
+        exact = found >= 0
+        bands = spool.bands(partial(band_keys, threshold=data.near_threshold))
+        found = mark_near(bands, spool.signatures(), quality, data.near_threshold, out=found)
+        reason[alive[(found >= 0) & ~exact]] = read.reasons.number("near_duplicate")
+    duplicate_of[alive[found >= 0]] = alive[found[found >= 0]]
 
 
 def _write(data: DataSection, read: _Read, decided: _Decided, folder: Path) -> None:
@@ -349,7 +356,7 @@ def _card(
         } if name in known else {}  # fmt: skip
         kinds[name] = counts | {
             "reasons": dict(sorted(_reasons(read, decided, here).items())),
-            "characters": histogram_summary(_histogram(characters[here], decided.copies[here])),
+            "characters": length_summary(_histogram(characters[here], decided.copies[here])),
             **described,
         }
     return {
@@ -358,7 +365,7 @@ def _card(
         "deduplicate": data.deduplicate,
         "mix": data.mix.model_dump(),
         "clean": data.clean.model_dump(),
-        "characters": histogram_summary(_histogram(characters, decided.copies)),
+        "characters": length_summary(_histogram(characters, decided.copies)),
         "kinds": kinds,
         "sources": [_source_card(index, source, read, decided) for index, source in enumerate(data.sources)],
         "files": {name: sha256_file(folder / name) for name in FILES.values()},
@@ -385,10 +392,11 @@ def _source_card(index: int, source: Source, read: _Read, decided: _Decided) -> 
     }
 
 
-def _histogram(lengths: NDArray[Any], copies: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many examples have 0, 1, 2, … characters."""
+def _histogram(lengths: NDArray[Any], copies: NDArray[np.int64]) -> dict[int, int]:
+    """How many examples have each number of characters."""
     used = copies > 0
-    return np.bincount(lengths[used], weights=copies[used]).astype(np.int64)
+    counts = np.bincount(lengths[used], weights=copies[used]).astype(np.int64)
+    return {length: int(counts[length]) for length in np.flatnonzero(counts).tolist()}
 
 
 def _tell(result: DatasetResult) -> None:

@@ -54,7 +54,8 @@ def emit(chosen: Chosen) -> Emitted:
     )  # fmt: skip
     for line, kind, source, reason, duplicate_of, side, copies in rows:
         if reason:
-            out[NOT_USED].append(_reject(_text(json.loads(line), kind, source, chosen.clean), kind, source, reason, duplicate_of))
+            record = _reject(json.loads(line), kind, source, reason, duplicate_of, chosen.clean)
+            out[NOT_USED].append(_line(json.dumps(record, ensure_ascii=False)))
         elif copies:
             body = json.loads(line)
             for variant in range(copies):
@@ -69,19 +70,21 @@ def _example(body: dict[str, Any], kind: str, source: str, variant: int, options
     return Example(kind, tuple(Message(role, content) for role, content in body["messages"]), source)
 
 
-def _text(body: dict[str, Any], kind: str, source: str, options: CleanSection) -> str:
+def _reject(
+    body: dict[str, Any], kind: str, source: str, reason: str, duplicate_of: str, options: CleanSection
+) -> dict[str, str]:
     """What a person needs to see of a candidate that was dropped."""
     if "text" in body:
-        return str(body["text"])
-    example = _example(body, kind, source, 0, options)
-    return f"{example.input}\n{example.target}" if example.input else example.target
-
-
-def _reject(text: str, kind: str, source: str, reason: str, duplicate_of: str) -> bytes:
+        text = str(body["text"])
+    else:
+        example = _example(body, kind, source, 0, options)
+        text = f"{example.input}\n{example.target}" if example.input else example.target
     record = {"source": source, "kind": kind, "reason": reason, "text": text}
     if duplicate_of:
         record["duplicate_of"] = duplicate_of
-    return _line(json.dumps(record, ensure_ascii=False))
+    if "note" in body:
+        record["note"] = body["note"]
+    return record
 
 
 def _line(text: str) -> bytes:

@@ -86,7 +86,8 @@ def prepare(work: Work) -> Prepared:
         row["kind"], row["reason"] = kinds.number(one.kind), reasons.number(one.reason)
         # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
         lines.append(json.dumps(one.body, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-    signatures = np.stack([signature(one.same) for one in candidates]) if work.near and candidates else None
+    sound = [signature(one.same) for one in candidates if not one.reason] if work.near else []
+    signatures = np.stack(sound) if sound else None
     return Prepared(b"".join(lines), columns, signatures, kinds.all, reasons.all)
 
 
@@ -136,8 +137,8 @@ def _candidate(work: Work, origin: Origin, item: Imported) -> _Candidate:
         body = {"messages": [[turn.role, turn.content] for turn in example.messages]}
         turns = example.messages
     same = "\0".join(turn.content for turn in turns)
-    if not reason and work.evaluation[0] and _grams(*work.evaluation).hit(same):
-        reason = "contaminated"
+    if not reason and work.evaluation[0] and (hit := _grams(*work.evaluation).hit(same)):
+        reason, body["note"] = "contaminated", hit
     text = f"{example.input}\n{example.target}" if example.input else example.target
     return _Candidate(
         origin.line, example.kind, body, item.group, same, example.target, len(text), reason or ""
