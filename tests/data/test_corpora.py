@@ -272,10 +272,7 @@ def whole(name: str, record: dict[str, Any], kind: str | None = None) -> Whole:
     return item
 
 
-def test_instructions_belong_to_the_task_that_the_recipe_names() -> None:
-    raw = {"instruction": "Reverse it.", "input": "abc", "output": "cba"}
-    example = whole("instructions", raw, "Program").example
-    assert (example.kind, example.input, example.target) == ("Program", "Reverse it.\nabc", "cba")
+def test_alpaca_cot_gets_its_line_ends() -> None:
     mended = whole("alpaca_cot", {"instruction": "Q?\\nOptions:\\n- a", "output": "So a.\\n"}, "Cot").example
     assert (mended.kind, mended.input, mended.target) == ("Cot", "Q?\nOptions:\n- a", "So a.")
 
@@ -331,7 +328,6 @@ PACK: dict[str, tuple[str, str | None, dict[str, str]]] = {
     "cot_gsm8k": ("gsm8k", "Cot", {}),
     "cot_alpaca_cot": ("alpaca_cot", "Cot", {}),
     "prog_mbpp": ("mbpp", "Program", {}),
-    "prog_codealpaca2k": ("instructions", "Program", {}),
     "trans_wmt21": ("grouped", "Translation", {}),
     "dict_cc_cedict": ("cedict", "Translation", {}),
     "mix_pclue_9": ("pclue", None, {}),

@@ -1,13 +1,17 @@
 """Importers of labelled corpora: what annotators wrote (spans, tags, references, triples) becomes plain fields.
 
-    grouped                        fields as they stand, kept together by the first: NLI, matching, reviews, translation
-    instructions, pclue            whole questions and answers
+    grouped                        fields as they stand, kept together by the first: premise, sentence, question
+    pclue, alpaca_cot              whole questions and answers
     ner_spans, ner_bio             entities: CLUENER's spans, Weibo's tags
-    spelling, mucgec, yaclc, grammar_chat                    corrections
+    spelling, grammar_chat         corrections: SIGHAN, pycorrector's grammar set
+    mucgec, yaclc                  corrections with several references
     squad, multiple_choice         reading comprehension: CMRC and DRCD, C3
-    csl_keywords, csl_candidates, tags                       keywords: CSL, FewCLUE's CSL, TNEWS
-    meetings, triples, cedict, mbpp                          VCSum, NLPCC and KgCLUE, CC-CEDICT, MBPP
-    ape210k, gaokao, gsm8k, alpaca_cot                       answers with their reasoning
+    csl_keywords, csl_candidates   keywords: CSL, FewCLUE's CSL
+    tags                           keywords: the tags of TNEWS
+    meetings                       summaries: VCSum
+    triples                        questions about an entity: NLPCC, KgCLUE
+    cedict, mbpp                   words: CC-CEDICT; programs: MBPP
+    ape210k, gaokao, gsm8k         answers with their reasoning
 
 Each is a pure function of one record (see `importers`). A record that is sound but of no use is `Skipped` with its
 reason's code; one of another shape is an `InputError`. The group of a record is its passage (for OCNLI the premise,
@@ -34,7 +38,6 @@ from firefly.data.importers import (
     Skipped,
     Whole,
     field_text,
-    import_firefly,
     importer,
 )
 from firefly.data.tasks import task
@@ -100,19 +103,13 @@ def import_grouped(record: dict[str, Any], origin: Origin) -> Iterator[Imported]
     yield Record(fields, group_of(fields[names[0]]), origin.source)
 
 
-@importer("instructions", needs_task=True)
-def import_instructions(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
-    """Alpaca's {"instruction", "input", "output"} as examples of the task that the recipe names."""
-    yield from import_firefly(record | {"kind": origin.kind}, origin)
-
-
-@importer("alpaca_cot", needs_task=True)
+@importer("alpaca_cot")
 def import_alpaca_cot(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
-    """Alpaca-CoT, which writes some line ends as a backslash and an n."""
-    mended = {
-        name: _text(record, name, origin).replace("\\n", "\n").strip() for name in ("instruction", "output")
-    }
-    yield from import_instructions(mended, origin)
+    """Alpaca-CoT: questions already worded, in which a backslash and an n may stand for a line end."""
+    question, answer = (
+        _text(record, name, origin).replace("\\n", "\n").strip() for name in ("instruction", "output")
+    )
+    yield Whole(Example.of(origin.kind or "Cot", question, answer, origin.source), group_of(question))
 
 
 @importer("pclue")
