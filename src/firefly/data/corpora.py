@@ -44,6 +44,7 @@ from firefly.data.tasks import task
 from firefly.errors import InputError
 
 NONE = "无"  # the answer where there is nothing to find
+LETTERS = "ABCDEFGH"
 
 
 def group_of(passage: str) -> str:
@@ -163,8 +164,10 @@ def import_ner_spans(record: dict[str, Any], origin: Origin) -> Iterator[Importe
 def import_ner_bio(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     """Weibo NER: {"chars", "tags"}, a BIO tag a character; only names (.NAM) count, not nouns (.NOM)."""
     characters, tags = record.get("chars"), record.get("tags")
-    if not isinstance(characters, list) or not isinstance(tags, list) or len(characters) != len(tags):
-        raise _wrong(record, "tags", "a list as long as 'chars'", origin)
+    if not isinstance(tags, list) or not isinstance(characters, list) or len(characters) != len(tags):
+        raise _wrong(record, "tags", "a list as long as the list 'chars'", origin)
+    if not all(isinstance(character, str) for character in characters):
+        raise _wrong(record, "chars", "a list of texts", origin)
     found: list[tuple[str, str]] = []
     before = ""
     for character, tag in zip(characters, tags, strict=True):
@@ -249,9 +252,10 @@ def import_yaclc(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     """YACLC: a learner's sentence; the correction that most annotators chose, of these the one nearest to it."""
     sentence = _text(record, "sentence_text", origin)
     keys = {"correction", "annotator_count", "edits_count", "is_grammatical"}
-    given = [
-        note for note in _dicts(record, "sentence_annos", keys, origin) if note["is_grammatical"]
-    ]  # others are fluent too, but go beyond grammar
+    notes = _dicts(record, "sentence_annos", keys, origin)
+    if not all(isinstance(note[name], int) for note in notes for name in keys - {"correction"}):
+        raise _wrong(record, "sentence_annos", "a list of objects with whole numbers as counts", origin)
+    given = [note for note in notes if note["is_grammatical"]]  # the others go beyond grammar
     if not given:
         yield Skipped("no_grammatical_reference", origin.source, sentence)
         return
@@ -296,10 +300,10 @@ def import_multiple_choice(record: dict[str, Any], origin: Origin) -> Iterator[I
     """C3: `passage` (a list: paragraphs, or the turns of a dialogue), `question`, `choice`, `answer`."""
     passage, options = "\n".join(_texts(record, "passage", origin)), _texts(record, "choice", origin)
     question, answer = (_text(record, name, origin) for name in ("question", "answer"))
-    if options.count(answer) != 1 or len(set(options)) != len(options):
+    if options.count(answer) != 1 or len(set(options)) != len(options) or len(options) > len(LETTERS):
         yield Skipped("ambiguous_choices", origin.source, question)
         return
-    letters = "ABCDEFGH"[: len(options)]
+    letters = LETTERS[: len(options)]
     fields = {
         "passage": passage,
         "stem": question,
@@ -490,7 +494,7 @@ def _evaluate(node: ast.expr) -> Fraction:
         return -_evaluate(node.operand)
     if isinstance(node, ast.BinOp):
         left, right = _evaluate(node.left), _evaluate(node.right)
-        if isinstance(node.op, ast.Pow) and right in (2, 3):
+        if isinstance(node.op, ast.Pow) and right in (2, 3) and abs(left) < 10**9:
             return left**right.numerator
         if type(node.op) in _OPERATORS:
             return _OPERATORS[type(node.op)](left, right)
