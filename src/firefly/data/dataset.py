@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from firefly import console
+from firefly.data import literature  # noqa: F401 (makes its importers known)
 from firefly.data.clean import Duplicates, digest, reject_reason
 from firefly.data.example import Example
 from firefly.data.importers import IMPORTERS, Imported, Origin, Record, Skipped, recognise
