@@ -30,6 +30,7 @@ from firefly.errors import InputError
 _HAN = re.compile("[〇㐀-䶿一-鿿\U00020000-\U000323af]+")
 _MARKS = "，。！？；：、"
 _NOTE = re.compile(r"[（(〔［\[【][^（）()〔〕［］\[\]【】]*[）)〕］\]】]")
+_LONG_NOTE = re.compile(r"（[^（）]{3,}）")  # a short one names the character behind a pun
 _NUMERAL = "一二三四五六七八九十百廿"
 
 
@@ -40,6 +41,10 @@ def _group(*parts: str) -> str:
 def _present(**fields: str) -> dict[str, str]:
     """The fields that have a text."""
     return {name: text for name, text in fields.items() if text}
+
+
+def _closes_quotations(text: str) -> bool:
+    return text.count("“") == text.count("”") and text.count("‘") == text.count("’")
 
 
 def _required(record: dict[str, Any], names: tuple[str, ...], origin: Origin) -> list[str]:
@@ -172,7 +177,7 @@ def _not_verse(text: str) -> str | None:
         return "empty"
     if not all(_HAN.fullmatch(part) for part in re.split(f"[{_MARKS}《》“”‘’\\s]+", text) if part):
         return "not_only_han"
-    if text.count("“") != text.count("”") or text.count("‘") != text.count("’"):
+    if not _closes_quotations(text):
         return "broken_quotation"
     return "too_long" if len(text) > _LONGEST_VERSE else None
 
@@ -252,7 +257,10 @@ def import_lyrics(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
 
     `tune` is the 词牌 or 曲牌, `title` the song's own title, `work` the play that it belongs to.
     """
-    text = "\n".join("".join(line.split()) for line in _lines(record, ("paragraphs",), origin))
+    heading = field_text(record, "title", origin)
+    beginning = heading.partition("・")[2] if re.search(f"[{_MARKS}]", heading) else ""  # of 尾声・赏心乐事……
+    text = beginning + "\n".join("".join(line.split()) for line in _lines(record, ("paragraphs",), origin))
+    text = re.sub("([？！])。", r"\1", text)
     if reason := _not_verse(text):
         # Of 元曲, mostly stage directions and speech between the sung lines.
         yield Skipped("stage_directions" if re.search(r"[（(［\[]", text) else reason, origin.source, text)
@@ -261,7 +269,7 @@ def import_lyrics(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     if "rhythmic" in record:  # "醉落魄・一斛珠": the tune's other name comes second
         tune, title, genre = field_text(record, "rhythmic", origin).partition("・")[0], "", "宋词"
     else:
-        tune, title, play = _tune_and_title(field_text(record, "title", origin))
+        tune, title, play = _tune_and_title(heading)
         work, genre = play or work.rstrip("》"), "元曲"
     fields = _present(
         genre=genre,
@@ -365,6 +373,7 @@ def import_xiehouyu(record: dict[str, Any], origin: Origin) -> Iterator[Imported
     raw_riddle, raw_answer = _required(record, ("riddle", "answer"), origin)
     riddle = _NOTE.sub("", raw_riddle).strip("，。 ")
     answer = re.split("[；;]", raw_answer)[0].strip("，。 ").translate(_WIDE)
+    answer = _LONG_NOTE.sub("", answer)
     plain = _NOTE.sub("", answer)
     if not re.fullmatch("[，、：？！《》“”〇㐀-䶿一-鿿]+", riddle + plain) or not (riddle and plain):
         yield Skipped("damaged", origin.source, f"{raw_riddle} / {raw_answer}")
@@ -451,7 +460,7 @@ def _sentences(text: str) -> Iterator[str]:
         begun = "\n"
         for sentence in _SENTENCE.findall(paragraph):
             begun += sentence
-            if begun.count("“") == begun.count("”"):
+            if _closes_quotations(begun):
                 yield begun
                 begun = ""
         if begun.strip():
@@ -480,7 +489,7 @@ def _faults(text: str) -> str | None:
     """Why a passage cannot be used."""
     if _DAMAGED.search(text):
         return "damaged"
-    if text.count("“") != text.count("”") or text.count("‘") != text.count("’") or text[0] in "”’，。、；：":
+    if not _closes_quotations(text) or text[0] in "”’，。、；：":
         return "broken_quotation"
     return "too_long" if len(text) > _WHOLE else "too_short" if len(text) < _SHORTEST else None
 
@@ -534,8 +543,9 @@ def import_fiction(record: dict[str, Any], origin: Origin) -> Iterator[Imported]
     if "type" in record and heroic != (origin.kind == "JinYongGeneration"):
         yield Skipped("other_kind", origin.source, f"{book} {chapter}")
         return
-    # Lines without a mark are a web page's ("下一章"), not the novel's.
-    text = "\n".join(line for line in tidy(raw).split("\n") if re.search("[。！？：；…”]", line))
+    # Lines without a mark are a web page's ("下一章"), not the novel's; those that end without one were cut by width.
+    lines = "\n".join(line for line in tidy(raw).split("\n") if re.search(f"[{_MARKS}…”]", line))
+    text = re.sub(f"(?<![{_MARKS}…”’—])\n", "", lines)
     number, _, rest = _NOTE.sub("", chapter).strip().replace("\u3000", " ").partition(" ")
     title = "，".join(rest.split()) if re.match("第.+回|楔子|引首", number) else "".join(chapter.split())
     author = field_text(record, "author", origin)
