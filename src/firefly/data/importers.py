@@ -78,6 +78,7 @@ def importer(name: str, *, needs_task: bool = False) -> Callable[[Importer], Imp
     """Make a function available to recipes as `importer = "name"`; it raises `InputError` for a bad record."""
 
     def register(function: Importer) -> Importer:
+        assert name not in IMPORTERS, f"two importers are called {name}"
         IMPORTERS[name] = function
         if needs_task:
             NEED_TASK.add(name)

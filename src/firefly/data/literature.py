@@ -6,7 +6,7 @@
     couplet_lines    {"first", "second"}: collected couplets
     lyrics           宋词 {"rhythmic", "author", "paragraphs"} and 元曲 {"title", "author", "paragraphs"}
     classical        {"classical", "modern", "book"}: a sentence and its translation
-    idioms, xiehouyu, cedict    dictionaries
+    idioms, xiehouyu, chinese_english    dictionaries (the last is CC-CEDICT)
     fiction, essays, classical_prose    whole works; long ones become passages that follow each other
     themed_stories   {"names", "genre", "theme", "story"}
     product          {"content": "类型#裙*颜色#红", "summary"}
@@ -386,9 +386,9 @@ _CROSS_REFERENCE = re.compile(
 )
 
 
-@importer("cedict", needs_task=True)
-def import_cedict(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
-    """A word of CC-CEDICT: fields word, pinyin (with tone marks), english (meanings, the best first)."""
+@importer("chinese_english", needs_task=True)
+def import_chinese_english(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
+    """A word of CC-CEDICT: fields word, pinyin (with tone marks), meaning (in English, the first four)."""
     (word,) = _required(record, ("simplified",), origin)
     # "Xining 西寧|西宁[Xi1 ning2]": the simplified form is enough.
     raw = [
@@ -403,7 +403,7 @@ def import_cedict(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     else:
         pinyin = " ".join(map(_tone_mark, field_text(record, "pinyin", origin).split()))
         yield Record(
-            {"word": word, "pinyin": pinyin, "english": "; ".join(meanings)}, _group(word), origin.source
+            {"word": word, "pinyin": pinyin, "meaning": "; ".join(meanings)}, _group(word), origin.source
         )
 
 
@@ -442,8 +442,8 @@ def tidy(text: str) -> str:
 
 def _tidy_line(line: str) -> str:
     line = _NOTE.sub("", line)
-    line = re.sub(r"(?<=[^\x00-\x7f])\s+|\s+(?=[^\x00-\x7f])", "", line).strip()
     line = _NEAR_HAN.sub(lambda match: match[0].translate(_WIDE), line)
+    line = re.sub(r"(?<=[^\x00-\x7f])\s+|\s+(?=[^\x00-\x7f])", "", line).strip()
     line = re.sub(r"\.{3,}|。{3,}|…+", "……", re.sub("[-―—─－]{2,}", "——", line))
     pieces = line.split('"')
     if len(pieces) % 2:  # straight quotation marks in pairs
@@ -543,9 +543,9 @@ def import_fiction(record: dict[str, Any], origin: Origin) -> Iterator[Imported]
     if "type" in record and heroic != (origin.kind == "JinYongGeneration"):
         yield Skipped("other_kind", origin.source, f"{book} {chapter}")
         return
-    # Lines without a mark are a web page's ("下一章"), not the novel's; those that end without one were cut by width.
-    lines = "\n".join(line for line in tidy(raw).split("\n") if re.search(f"[{_MARKS}…”]", line))
-    text = re.sub(f"(?<![{_MARKS}…”’—])\n", "", lines)
+    # A line that ends without a mark was cut by width; one that then has none at all is a web page's ("下一章").
+    paragraphs = re.sub(f"(?<![{_MARKS}…”’—])\\n", "", tidy(raw)).split("\n")
+    text = "\n".join(line for line in paragraphs if re.search(f"[{_MARKS}…”]", line))
     number, _, rest = _NOTE.sub("", chapter).strip().replace("\u3000", " ").partition(" ")
     title = "，".join(rest.split()) if re.match("第.+回|楔子|引首", number) else "".join(chapter.split())
     author = field_text(record, "author", origin)
