@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -171,3 +175,38 @@ def test_a_wrong_task_file_says_what_is_wrong(tmp_path: Path, old: str, new: str
     with pytest.raises(InputError, match=message) as caught:
         load_tasks(folder)
     assert "dictionary.toml" in str(caught.value)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_documented_way_to_add_a_task_works(tmp_path: Path) -> None:
+    """In a copy of the package, the page's one file is put in its place and a dataset is made with it."""
+    task_file, source = re.findall(
+        r"```toml\n(.*?)```", (ROOT / "docs" / "new-task.md").read_text("utf-8"), re.S
+    )
+    assert task_file[: task_file.index("templates = [")].count("\n") == 10, "the page promises ten lines"
+    package = tmp_path / "firefly"
+    shutil.copytree(ROOT / "src" / "firefly", package, ignore=shutil.ignore_patterns("demo", "__pycache__"))
+    (package / "data" / "tasks" / "riddle.toml").write_text(task_file, "utf-8")
+    record = re.search(r"# ({.*})", source)
+    assert record
+    (tmp_path / "riddles.jsonl").write_text(record[1] + "\n", "utf-8")
+    (tmp_path / "source.toml").write_text(source, "utf-8")
+    program = """
+import tomllib
+from pathlib import Path
+from firefly.data.dataset import build_dataset
+from firefly.recipe import DataSection
+table = tomllib.loads(Path("source.toml").read_text("utf-8"))["data"] | {"validation_fraction": 0}
+build_dataset(DataSection.model_validate(table), Path("made"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    example = json.loads((tmp_path / "made" / "train.jsonl").read_text("utf-8"))
+    assert (example["kind"], example["target"]) == ("Riddle", "雨")
+    assert "千条线，万条线，落到水里都不见" in example["input"]
+    card = json.loads((tmp_path / "made" / "card.json").read_text("utf-8"))
+    assert card["kinds"]["Riddle"]["licences"] == ["our own riddles: Apache-2.0"]

@@ -195,7 +195,7 @@ def _entities(
     for kind, entity in dict.fromkeys((kind, entity.strip()) for kind, entity in found):
         table.setdefault(kind, []).append(entity)
     absent = [kind for kind in types if kind not in table]
-    asked = _choice([*table, *([_choice(absent, text)] if absent else [])], "asked" + text)
+    asked = _choice([*table] * 3 + ([_choice(absent, text)] if absent else []), "asked" + text)
     fields = {
         "text": text.strip(),
         "types": "、".join(types),
@@ -482,7 +482,7 @@ def _value(expression: str) -> Fraction | None:
     python = re.sub(r"([\d.]+|\([^()]*\))%", r"(\1/100)", python).replace(":", "/")
     try:
         return _evaluate(ast.parse(python, mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
 
@@ -506,7 +506,9 @@ _LAYOUT = re.compile(
 _QUESTION_NUMBER = re.compile(r"^\s*(?:\d+\s*[．.、]\s*)?(?:[（(]\s*\d+\s*分\s*[）)])?\s*")
 _BLANK = re.compile(r"(?<=\S)(?=[ \u3000]{3}) *\u3000[ \u3000]*(?=\S)")  # to fill in
 _CJK = "\u3000-\u303f一-鿿\uff00-\uffef“”‘’…—"
-_STRAY_SPACE = re.compile(rf"(?<=[{_CJK}])[ \u3000]+(?=[{_CJK}0-9])|(?<=[0-9A-Z])[ \u3000]+(?=[{_CJK}])")
+_STRAY_SPACE = re.compile(
+    rf"(?<=[{_CJK}])[ \u3000]+(?=[{_CJK}0-9])|(?<=[0-9A-Z])[ \u3000]+(?=[{_CJK}])|(?<=：)[ \u3000]+"
+)
 _WRAPPED = re.compile(
     r"(?m)^(.{28,}[^。！？!?;；：:\n]) *\n(?![ \u3000]*(?:[A-G①-⑩][．.、 ]|[（(]?\d+[）).．、]|$))"
 )

@@ -25,7 +25,6 @@ from pydantic.dataclasses import dataclass
 
 from firefly.data.example import Example
 from firefly.errors import InputError, choices
-from firefly.files import require_file
 
 TASKS_DIR = Path(__file__).parent / "tasks"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -137,7 +136,7 @@ def load_tasks(folder: Path = TASKS_DIR) -> Mapping[str, Task]:
     Raises `InputError` for a wrong file, and for a template that two tasks share: its questions would have two
     kinds of answer.
     """
-    tasks = {path: load_task(path) for path in sorted(folder.glob("*.toml"))}
+    tasks = {path: _load(path) for path in sorted(folder.glob("*.toml"))}
     places: dict[str, Path] = {}
     for path, loaded in tasks.items():
         for template in {text for direction in loaded.directions for text in direction.templates}:
@@ -148,22 +147,15 @@ def load_tasks(folder: Path = TASKS_DIR) -> Mapping[str, Task]:
 
 
 def task(kind: str) -> Task:
-    """The task of that name, or of that file when the name ends in ".toml".
-
-    Raises `InputError` with the choices when there is none, or for a wrong file.
-    """
-    if kind.endswith(".toml"):
-        return load_task(Path(kind))
+    """The task of that name; raises `InputError` with the choices when there is none."""
     tasks = load_tasks()
     if kind not in tasks:
         raise InputError(f"Unknown task '{kind}': {choices(kind, tasks)}.")
     return tasks[kind]
 
 
-@cache
-def load_task(path: Path) -> Task:
+def _load(path: Path) -> Task:
     """Read and check one task file; raises `InputError` naming the file and all of its mistakes."""
-    require_file(path, "the task file")
     try:
         table = tomllib.loads(path.read_text("utf-8"))
         loaded = TypeAdapter(Task).validate_python(table)
