@@ -472,6 +472,42 @@ def test_a_record_of_another_shape_is_named_with_file_line_and_field(
         imported(name, kind, record)
 
 
+SHAPES = {
+    "poems": {"title": "", "authorName": "", "content": []},
+    "odes": {"title": "", "collection": "", "paragraphs": []},
+    "couplets": {"title": "", "content": []},
+    "couplet_lines": {"first": "", "second": ""},
+    "lyrics": {"title": "", "author": "", "paragraphs": []},
+    "classical": {"classical": "", "modern": "", "book": ""},
+    "idioms": {"word": "", "explanation": "", "pinyin": "", "derivation": "", "example": ""},
+    "xiehouyu": {"riddle": "", "answer": ""},
+    "chinese_english": {"simplified": "", "pinyin": "", "meanings": []},
+    "fiction": {"book": "", "chapter": "", "text": ""},
+    "essays": {"collection": "", "title": "", "text": ""},
+    "classical_prose": {"collection": "", "chapter": "", "author": "", "paragraphs": []},
+    "themed_stories": {"names": "", "genre": "", "theme": "", "story": ""},
+    "product": {"content": "", "summary": ""},
+}
+ODD = st.text('话说山水人。，！？…“”‘’（）()[]□～★◇・/《》# *|;:"\n\u3000aü1５-—', max_size=60)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@given(data=st.data())
+def test_whatever_the_text_it_is_read_or_skipped(name: str, data: st.DataObject) -> None:
+    record = {
+        field: data.draw(
+            st.lists(ODD, max_size=6) if isinstance(empty, list) else ODD | ODD.map(lambda t: t * 9)
+        )
+        for field, empty in SHAPES[name].items()
+    }
+    for item in imported(name, "Composition", record):
+        if isinstance(item, Record):
+            assert item.group and item.source == "x.jsonl:7"
+            assert any(text.strip() for text in item.fields.values())
+        else:
+            assert isinstance(item, Skipped) and item.reason
+
+
 @pytest.mark.parametrize(
     ("file", "name", "kind"),
     [

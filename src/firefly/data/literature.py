@@ -485,20 +485,20 @@ def _last(sentences: list[str], longest: int) -> str:
     return "".join(sentences[start:]).strip()
 
 
-def _faults(text: str) -> str | None:
-    """Why a passage cannot be used."""
+def _faults(text: str, shortest: int = _SHORTEST, longest: int = _PASSAGE) -> str | None:
+    """Why a text cannot be used."""
     if _DAMAGED.search(text):
         return "damaged"
-    if not _closes_quotations(text) or text[0] in "”’，。、；：":
+    if not _closes_quotations(text) or text.startswith(tuple("”’，。、；：")):
         return "broken_quotation"
-    return "too_long" if len(text) > _WHOLE else "too_short" if len(text) < _SHORTEST else None
+    return "too_long" if len(text) > longest else "too_short" if len(text) < shortest else None
 
 
 def _work(fields: dict[str, str], text: str, group: str, origin: Origin) -> Iterator[Imported]:
     """A work that is short enough whole (text, length, outline); a longer one as its beginning (beginning) and the
     passages that follow it (opening → continuation)."""
     if len(text) <= _WHOLE:
-        if reason := _faults(text):
+        if reason := _faults(text, longest=_WHOLE):
             yield Skipped(reason, origin.source, text)
         else:
             length = str(max(1, round(len(text) / 100)) * 100)
@@ -510,7 +510,7 @@ def _work(fields: dict[str, str], text: str, group: str, origin: Origin) -> Iter
     for sentences in passages(text):
         passage = "".join(sentences).strip()
         opening = _last(before, _OPENING) if before else ""
-        if reason := _faults(passage) or (_faults_of_opening(opening) if before else None):
+        if reason := _faults(passage) or (_faults(opening, shortest=1) if before else None):
             yield Skipped(reason, origin.source, passage)
         elif before:
             yield Record(fields | {"opening": opening, "continuation": passage}, group, origin.source)
@@ -519,15 +519,10 @@ def _work(fields: dict[str, str], text: str, group: str, origin: Origin) -> Iter
         before = sentences
 
 
-def _faults_of_opening(opening: str) -> str | None:
-    reason = _faults(opening)
-    return None if reason == "too_short" else reason
-
-
 def _outline(text: str) -> str:
     """The first sentence of each paragraph, numbered; "" when the text has fewer than three or more than eight."""
-    firsts = [_SENTENCE.findall(paragraph)[0] for paragraph in text.split("\n")]
-    if not 3 <= len(firsts) <= 8 or any(_faults_of_opening(first) for first in firsts):
+    firsts = [match[0] for paragraph in text.split("\n") if (match := _SENTENCE.search(paragraph))]
+    if not 3 <= len(firsts) <= 8 or any(_faults(first, shortest=1) for first in firsts):
         return ""
     return "\n".join(f"{number}. {first}" for number, first in enumerate(firsts, 1))
 
@@ -598,7 +593,7 @@ def import_themed_stories(record: dict[str, Any], origin: Origin) -> Iterator[Im
     """A story to a theme: fields theme, genre, names, text; stories of one theme share a group."""
     theme, raw = _required(record, ("theme", "story"), origin)
     text = tidy(raw)
-    if reason := _faults(text):
+    if reason := _faults(text, longest=_WHOLE):
         yield Skipped(reason, origin.source, text)
         return
     names = field_text(record, "names", origin).replace("|", "、")
