@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import firefly.data.corpora  # noqa: F401 (makes its importers known)
+import firefly.data.corpora
+import firefly.data.literature  # noqa: F401
 from firefly import api
 from firefly.data.importers import IMPORTERS, Origin, Skipped, Whole
 from firefly.data.readers import read_records

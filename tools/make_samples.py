@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from firefly.data.importers import FORMS, Verse, read_verse
+from firefly.data.literature import FORMS, Verse, read_verse
 from firefly.files import read_json_lines, write_atomic
 
 DEMO = Path(__file__).parents[1] / "src" / "firefly" / "demo"

@@ -219,7 +219,9 @@ def test_an_earlier_dataset_survives_bad_input(tmp_path: Path) -> None:
     build(tmp_path / "out", {"path": str(path), "task": "Dictionary"})
     before = {item.name: item.read_bytes() for item in (tmp_path / "out").iterdir()}
     path.write_bytes(path.read_bytes() + b'{"word": "x"}\n')
-    with pytest.raises(InputError, match=r"i\.jsonl, line 6: task Dictionary needs .*the fields there are: word"):
+    with pytest.raises(
+        InputError, match=r"i\.jsonl, line 6: task Dictionary needs .*the fields there are: word"
+    ):
         build(tmp_path / "out", {"path": str(path), "task": "Dictionary"})
     assert {item.name: item.read_bytes() for item in (tmp_path / "out").iterdir()} == before
     assert [item.name for item in tmp_path.iterdir() if "partial" in item.name] == []

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow
 import pytest
 
-from firefly.data.importers import IMPORTERS, Imported, Origin, Record, Skipped, Whole, read_verse, recognise
+import firefly.data.literature  # noqa: F401 (makes its importers known)
+from firefly.data.importers import IMPORTERS, Imported, Origin, Record, Whole, recognise
 from firefly.data.readers import read_records
 from firefly.errors import InputError
 
@@ -43,87 +44,6 @@ def write(path: Path, records: Iterable[Any]) -> Path:
 def read(path: Path, name: str, kind: str | None = None) -> list[Imported]:
     records = read_records(path)
     return [item for line, record in records for item in IMPORTERS[name](record, Origin(path, line, kind))]
-
-
-def test_couplets_are_the_two_middle_couplets(tmp_path: Path) -> None:
-    found = read(write(tmp_path / "p.jsonl", [DENGGAO]), "couplets", "Couplet")
-    assert [item.fields for item in found if isinstance(item, Record)] == [
-        {"first": "无边落木萧萧下", "second": "不尽长江滚滚来", "form": "七言律诗"},
-        {"first": "万里悲秋常作客", "second": "百年多病独登台", "form": "七言律诗"},
-    ]
-    assert len(found) == 2
-
-
-def test_poems_have_their_form_first_line_and_full_text(tmp_path: Path) -> None:
-    found = read(write(tmp_path / "p.jsonl", [GUANQUELOU]), "poems", "AncientPoem")
-    assert isinstance(found[0], Record)
-    assert found[0].fields == {
-        "title": "登鹳雀楼",
-        "author": "王之涣",
-        "dynasty": "唐",
-        "form": "五言绝句",
-        "first_line": "白日依山尽",
-        "poem": "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。",
-    }
-    assert found[0].source == "p.jsonl:1"
-
-
-def test_a_poem_and_its_couplets_share_a_group_however_it_is_written(tmp_path: Path) -> None:
-    joined = DENGGAO | {"title": "登高（其一）", "content": ["".join(DENGGAO["content"]).replace("。", "；")]}
-    path = write(tmp_path / "p.jsonl", [DENGGAO, joined, GUANQUELOU])
-    poems = [item.group for item in read(path, "poems", "AncientPoem") if isinstance(item, Record)]
-    couplets = {item.group for item in read(path, "couplets", "Couplet") if isinstance(item, Record)}
-    assert couplets == {poems[0]} == {poems[1]}
-    assert poems[2] != poems[0]
-
-
-def test_a_quatrain_has_no_middle_couplets(tmp_path: Path) -> None:
-    found = read(write(tmp_path / "p.jsonl", [GUANQUELOU]), "couplets", "Couplet")
-    assert [item.reason for item in found if isinstance(item, Skipped)] == ["no_middle_couplets"]
-    assert len(found) == 1
-
-
-def test_a_character_that_faces_itself_is_no_antithesis(tmp_path: Path) -> None:
-    poem = DENGGAO | {"content": [*DENGGAO["content"]]}
-    poem["content"][1] = "无边落木萧萧下，不尽长木滚滚来。"
-    found = read(write(tmp_path / "p.jsonl", [poem]), "couplets", "Couplet")
-    assert [getattr(item, "reason", "kept") for item in found] == ["not_antithetical", "kept"]
-
-
-@pytest.mark.parametrize(
-    ("title", "expected"),
-    [
-        ("咏怀八十二首（其七十九）", "咏怀"),
-        ("绝句二首", "绝句"),
-        ("秋兴八首·其一", "秋兴"),
-        ("登高", "登高"),
-        ("（其一）", None),
-        ("送□□归山", None),
-        ("送（缺）归山", None),
-    ],
-)
-def test_titles_lose_their_number_or_are_refused(title: str, expected: str | None) -> None:
-    verse = read_verse(title, GUANQUELOU["content"])  # type: ignore[arg-type]
-    assert verse == "bad_title" if expected is None else getattr(verse, "title", verse) == expected
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (["白日依山尽，黄河□海流。", "欲穷千里目，更上一层楼。"], "not_only_han"),
-        (["白日依山尽，黄河入海流。（注）", "欲穷千里目，更上一层楼。"], "not_only_han"),
-        (["白日依山尽，黄河入海。", "欲穷千里目，更上一层楼。"], "other_form"),
-        (["白日依山尽，黄河入海流。"], "other_form"),
-        ([], "other_form"),
-    ],
-)
-def test_a_poem_of_no_known_form_is_skipped_with_its_reason(content: list[str], reason: str) -> None:
-    assert read_verse("登鹳雀楼", content) == reason
-
-
-def test_lines_without_punctuation_are_a_poem_too() -> None:
-    verse = read_verse("登鹳雀楼", ["白日依山尽", "黄河入海流", "欲穷千里目", "更上一层楼"])
-    assert getattr(verse, "text", verse) == "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。"
 
 
 def test_firefly_and_messages_become_examples(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_every_template_is_reached_and_variants_differ(kind: str) -> None:
     known = task(kind)
     values = {name: choice for direction in known.directions for name, choice in direction.values.items()}
     seen: set[str] = set()
-    for index in range(300):
+    for index in range(2000):
         fields = {name: f"[{name}{index}]" for name in known.fields}
         fields |= {name: sorted(choice)[index % len(choice)] for name, choice in values.items()}
         seen.add(re.sub(r"\[(\w+?)\d+\]", r"{\1}", known.render(fields, source="s").input))
@@ -138,7 +138,7 @@ def test_braces_in_a_record_are_just_text() -> None:
 def test_a_record_is_asked_only_in_directions_that_it_has_the_fields_for() -> None:
     fields = {"riddle": "外甥打灯笼", "answer": "照旧"}
     targets = {task("Dictionary").render(fields, source="s", variant=index).target for index in range(40)}
-    assert targets == {"照旧"}
+    assert targets == {"照旧", "外甥打灯笼"}
     with pytest.raises(InputError, match=r"f\.jsonl:3.*explanation \+ word.*the fields there are: riddle"):
         task("Dictionary").render({"riddle": "外甥打灯笼", "answer": " "}, source="f.jsonl:3")
 

@@ -1,6 +1,7 @@
 """Importers for the shapes in which others publish conversations; each yields whole examples.
 
     alpaca        {"instruction", "input", "output", "history": [[question, answer], …]}   Alpaca, BELLE
+    seed_tasks    {"instruction", "instances": [{"input", "output"}, …]}                    self-instruct, BELLE
     conversation  {"conversation": [{"human": …, "assistant": …}, …]}                       Firefly's later data
     sharegpt      {"conversations": [{"from": "human" | "gpt" | "system", "value": …}, …]}  ShareGPT, BELLE
     messages      {"messages": [{"role": …, "content": text or parts}, …]}                  OpenAI
@@ -60,6 +61,13 @@ def import_alpaca(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     parts = (field_text(record, name, origin) for name in ("instruction", "input"))
     turns += [("user", "\n".join(filter(None, parts))), ("assistant", field_text(record, "output", origin))]
     yield from _example(record, turns, origin)
+
+
+@importer("seed_tasks", shapes=[{"instruction", "instances"}])
+def import_seed_tasks(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
+    """Seed tasks of self-instruct: an instruction with a list of instances, each {"input", "output"}."""
+    for instance in _objects(record, "instances", origin):
+        yield from import_alpaca({"instruction": record.get("instruction"), **instance}, origin)
 
 
 @importer("conversation", shapes=[{"conversation"}])

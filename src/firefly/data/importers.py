@@ -1,22 +1,19 @@
 """Importers turn one raw record into examples or into fields that a task renders, one function a shape of record.
 
     records    {"word": …, "explanation": …}: fields that a task renders
-    poems      {"title", "authorName", "dynasty", "content": [lines]}: 绝句 and 律诗
-    couplets   the same poems: the two middle couplets of 律诗, which are antithetical by rule
     firefly    {"kind", "input", "target"} or {"kind", "messages"}: firefly-train-1.1M, and our own datasets
     text       plain text to pre-train on: a .txt line or a JSON record's "text" is one document
     auto       whichever of these, or of the shapes in `conversations`, the first record looks like
 
 `readers` knows the file formats; an importer sees one record at a time and nothing else, so records can be
 imported in any process. Every record has a *group*: records of one group are never split between training and
-validation. A poem and its couplets share a group, so that no held-out couplet was read in a training poem.
-A new shape is one function with the decorator `@importer("name")`.
+validation. A new shape is one function with the decorator `@importer("name")`; those for verse, prose and
+dictionaries are in `literature`, those for labelled corpora in `corpora`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -89,6 +86,7 @@ def importer(
     """
 
     def register(function: Importer) -> Importer:
+        assert name not in IMPORTERS, f"two importers are called {name}"
         IMPORTERS[name] = function
         _SHAPES.extend((frozenset(shape), name) for shape in shapes)
         if needs_task:
@@ -183,103 +181,3 @@ def import_text(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
             f"the fields there are: {', '.join(sorted(record)) or 'none'}."
         )
     yield Whole(Example.plain(origin.kind or "Text", text.strip(), origin.source), digest(normalised(text)))
-
-
-FORMS = {(4, 5): "五言绝句", (4, 7): "七言绝句", (8, 5): "五言律诗", (8, 7): "七言律诗"}
-_MARKS = "，。！？；：、"
-_VERSE_LINE = re.compile(f"([^{_MARKS}]+)([{_MARKS}]+)")
-_HAN = re.compile("[〇㐀-䶿一-鿿\U00020000-\U000323af]+")
-_BRACKETED = re.compile(r"([（(〔［\[【][^）)〕］\]】]*[）)〕］\]】]\s*)+$")
-_SERIES = re.compile(
-    "(?<=.)[·\\s]*([一二三四五六七八九十百廿]+首)?[·\\s]*([其之][一二三四五六七八九十百廿]+)?$"
-)
-_BAD_TITLE = re.compile("[□囗■○?？（）()〔〕【】\\[\\]]")
-
-
-@dataclass(frozen=True, slots=True)
-class Verse:
-    """A poem of four or eight lines, each of five or seven characters, without and with its punctuation."""
-
-    title: str
-    form: str
-    lines: tuple[str, ...]
-    text: str
-
-    @property
-    def group(self) -> str:
-        """A hash of the poem's characters alone."""
-        return digest("".join(self.lines))
-
-
-def read_verse(title: str, content: list[str]) -> Verse | str:
-    """A poem's form and lines, or the code of the reason why it cannot be used.
-
-    The title loses a closing note in brackets and its number in a series (咏怀八十二首（其七十九） becomes 咏怀).
-    """
-    title = _SERIES.sub("", _BRACKETED.sub("", title).strip()).strip()
-    if not title or _BAD_TITLE.search(title):
-        return "bad_title"
-    pieces = ["".join(piece.split()) for piece in content if piece.strip()]
-    closed = [
-        piece if piece[-1] in _MARKS else piece + "，。"[index % 2] for index, piece in enumerate(pieces)
-    ]
-    pairs = _VERSE_LINE.findall("".join(closed))
-    lines = tuple(line for line, _ in pairs)
-    if not all(_HAN.fullmatch(line) for line in lines):
-        return "not_only_han"  # a lacuna □, a note in brackets, a character outside Unicode
-    lengths = {len(line) for line in lines}
-    form = FORMS.get((len(lines), lengths.pop())) if len(lengths) == 1 else None
-    if form is None:
-        return "other_form"
-    halves = [line + marks for line, marks in pairs]
-    text = "\n".join(first + second for first, second in zip(halves[::2], halves[1::2], strict=True))
-    return Verse(title, form, lines, text)
-
-
-def _verse(record: dict[str, Any], origin: Origin) -> Verse | Skipped:
-    """The poem of a raw record."""
-    content = record.get("content")
-    if not isinstance(content, list) or not all(isinstance(piece, str) for piece in content):
-        raise InputError(
-            f"{origin}: field 'content' must be a list of the poem's lines; "
-            f"the fields there are: {', '.join(sorted(record)) or 'none'}."
-        )
-    verse = read_verse(field_text(record, "title", origin), content)
-    return Skipped(verse, origin.source, "".join(content)) if isinstance(verse, str) else verse
-
-
-@importer("poems", needs_task=True)
-def import_poems(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
-    """绝句 and 律诗: fields title, author, dynasty, form, first_line, poem (two lines to a row)."""
-    verse = _verse(record, origin)
-    if isinstance(verse, Skipped):
-        yield verse
-        return
-    fields = {
-        "title": verse.title,
-        "author": field_text(record, "authorName", origin),
-        "dynasty": field_text(record, "dynasty", origin),
-        "form": verse.form,
-        "first_line": verse.lines[0],
-        "poem": verse.text,
-    }
-    yield Record(fields, verse.group, origin.source)
-
-
-@importer("couplets", needs_task=True)
-def import_couplets(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
-    """The 颔联 and 颈联 of 律诗, which must be antithetical: fields first, second, form (without punctuation)."""
-    verse = _verse(record, origin)
-    if isinstance(verse, Skipped):
-        yield verse
-    elif len(verse.lines) != 8:
-        yield Skipped("no_middle_couplets", origin.source, verse.text)
-    else:
-        for first, second in (verse.lines[2:4], verse.lines[4:6]):
-            if any(upper == lower for upper, lower in zip(first, second, strict=True)):
-                # The same character facing itself: no antithesis, so the poem is 古体 in the shape of 律诗.
-                yield Skipped("not_antithetical", origin.source, f"{first}，{second}")
-            else:
-                yield Record(
-                    {"first": first, "second": second, "form": verse.form}, verse.group, origin.source
-                )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from firefly.data import conversations, corpora, literature  # noqa: F401 (their importers become known)
 from firefly.data.candidates import COLUMN, Names
 from firefly.data.clean import clean, digest, mended
 from firefly.data.dedup import content_key, signature
