@@ -24,8 +24,19 @@ from firefly import api, console
 from firefly.errors import FireflyError, Interrupted
 from firefly.recipe import GenerationSection
 
+
+class _Verbs(TyperGroup):
+    """The verbs in the order of the pipeline; typer would list groups, such as `data`, last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = [name for name in super().list_commands(ctx) if name != "data"]
+        names.insert(names.index("train"), "data")
+        return names
+
+
 app = typer.Typer(
     name="firefly",
+    cls=_Verbs,
     help="Firefly(流萤): from a multilingual base model to a good Chinese conversational model.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -227,7 +238,11 @@ data_app = typer.Typer(
         "firefly data peek recipes/firefly-1b4.toml --kind Couplet",
     ),
 )
-app.add_typer(data_app, name="data", help="Build the dataset of a recipe, or see what is in it.")
+app.add_typer(
+    data_app,
+    name="data",
+    help="Build the dataset of a recipe, look at its figures (stats) and its samples (peek).",
+)
 DataPlace = Annotated[
     Path, typer.Argument(metavar="DIR|RECIPE", help="A recipe, a run, a dataset or a tokens directory.")
 ]

@@ -100,7 +100,7 @@ def summary(card: Card) -> str:
     totals = {side: sum(row.get(side, 0) for row in _kinds(card).values()) for side in SIDES}
     return (
         f"{totals['train']:,} training and {totals['validation']:,} validation examples of {len(_kinds(card))} tasks; "
-        f"{totals['rejected']:,} records were rejected."
+        f"{totals['rejected']:,} rejected."
     )
 
 

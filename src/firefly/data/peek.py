@@ -82,7 +82,7 @@ class PeekedSample:
         """The sample for a terminal."""
         from rich.text import Text
 
-        text = Text(f"{self.kind}  ", style="bold").append(f"{self.heading}\n", style="dim")
+        text = Text().append(f"{self.kind}  ", style="bold").append(f"{self.heading}\n", style="dim")
         for number, token in enumerate(self.tokens):
             shade = (_LEARNED if token.learned else _CONTEXT)[number % 2]
             text.append(token.text, style=f"underline {shade}" if token.special else shade)

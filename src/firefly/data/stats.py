@@ -48,7 +48,7 @@ def length_summary(lengths: Lengths) -> dict[str, Any]:
 def _counted(lengths: Lengths) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The distinct lengths in ascending order, and how many samples have each."""
     if isinstance(lengths, Mapping):
-        pairs = np.asarray(sorted(lengths.items()), np.int64).reshape(-1, 2)
+        pairs = np.asarray(sorted(pair for pair in lengths.items() if pair[1]), np.int64).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1]
     return np.unique(np.asarray(lengths, np.int64), return_counts=True)
 

@@ -3,15 +3,15 @@
     dataset directory   lengths in characters, from card.json        → its cards renewed, stats.json
     tokens directory    lengths in tokens, from borders and masks    → stats.json, report.html, two charts
 
-The forecast needs the length that a sample had before any cut. Samples that are whole tell it themselves; what was
-cut or dropped is measured again from the dataset, when the dataset and the tokenizer are at hand.
+The forecast needs the length that a sample had before any cut. Where nothing of a kind was cut, its samples tell it
+themselves; the other kinds are measured again from the dataset, when the dataset and the tokenizer are at hand.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,6 @@ from firefly.console import progress
 from firefly.data.card import card_tables, render_page, titles, write_cards
 from firefly.data.chatformat import render_many
 from firefly.data.dataset import read_dataset
-from firefly.data.example import Example
 from firefly.data.stats import PERCENTILES, draw_lengths, length_summary, task_chart
 from firefly.data.table import Table
 from firefly.data.tokenizer import ModelTokenizer
@@ -121,9 +120,9 @@ def tokens_stats(
             "their dataset or tokenizer is not at hand."
         )
     for split, mapped in splits.items():
-        whole = survey.stored(split, mapped, again)
+        survey.stored(split, mapped, again)
         if again and dataset and tokenizer:
-            survey.measured_again(split, set(mapped.origins[whole].tolist()), dataset, tokenizer, again)
+            survey.measured_again(split, dataset, tokenizer, again)
     card = read_card(dataset) if dataset else {}
     result = StatsResult(
         str(out),
@@ -154,12 +153,8 @@ class _Survey:
         self.over: Counter[tuple[int, str]] = Counter()
         self.lost: Counter[tuple[int, str]] = Counter()
 
-    def stored(self, split: str, tokens: Tokens, again: set[str]) -> NDArray[np.bool_]:
-        """Count what lies in the directory; returns which samples are surely whole.
-
-        The others, of the kinds `again`, are left for `measured_again`, but for their stored length.
-        """
-        whole = np.ones(len(tokens), np.bool_)
+    def stored(self, split: str, tokens: Tokens, again: set[str]) -> None:
+        """Count what lies in the directory; of the kinds `again`, which `measured_again` counts, only the lengths."""
         with progress(f"survey {split}", len(tokens), "samples") as bar:
             for start in range(0, len(tokens), _CHUNK):
                 borders = tokens.borders[start : start + _CHUNK + 1]
@@ -167,8 +162,6 @@ class _Survey:
                 learned = np.cumsum(tokens.mask[borders[0] : borders[-1]], dtype=np.int64)
                 targets = np.diff(np.concatenate([[0], learned])[borders - borders[0]])
                 kinds = tokens.kinds[start : start + _CHUNK]
-                # A cut leaves far more than half of the limit; a part of a plain text is whole.
-                suspect = (lengths > tokens.max_seq_length // 2) & (targets < lengths - 1)
                 for number in np.unique(kinds):
                     kind, mine = tokens.kind_names[number], kinds == number
                     found = np.unique(lengths[mine], return_counts=True)
@@ -176,30 +169,23 @@ class _Survey:
                     self.sides[kind][split] += int(mine.sum())
                     self.targets[kind] += int(targets[mine].sum())
                     if kind in again:
-                        whole[start : start + _CHUNK] &= ~(mine & suspect)
-                        mine &= ~suspect
+                        continue
                     self._count(kind, lengths[mine], targets[mine])
                     for sample in np.flatnonzero(mine & (lengths > self.limits[0])):
                         self._cut(kind, tokens.mask[borders[sample] : borders[sample + 1]])
                 bar.advance(len(lengths))
-        return whole
 
-    def measured_again(
-        self, split: str, whole: set[int], dataset: Path, tokenizer: ModelTokenizer, again: set[str]
-    ) -> None:
-        """Count what was cut or dropped, rendered once more: the examples of `again` whose line is not in `whole`."""
+    def measured_again(self, split: str, dataset: Path, tokenizer: ModelTokenizer, again: set[str]) -> None:
+        """Count the examples of the kinds `again` as they were before any cut, rendered once more."""
+        examples = (example for example in read_dataset(dataset, split) if example.kind in again)
         with progress(f"measure what was cut in {split}", None, "examples") as bar:
-            examples = (
-                example
-                for number, example in enumerate(_watched(read_dataset(dataset, split), bar))
-                if number not in whole and example.kind in again and not example.is_plain
-            )
             while batch := list(islice(examples, _BATCH)):
                 rendered = render_many([example.messages for example in batch], tokenizer)
                 for example, sample in zip(batch, rendered, strict=True):
                     mask = np.asarray(sample.mask, np.uint8)
                     self._count(example.kind, np.asarray([len(mask)]), mask.sum(keepdims=True))
                     self._cut(example.kind, mask)
+                bar.advance(len(batch))
 
     def _count(self, kind: str, lengths: NDArray[Any], targets: NDArray[Any]) -> None:
         self.whole_samples[kind] += len(lengths)
@@ -250,27 +236,24 @@ class _Survey:
 
 
 def lost_targets(mask: NDArray[Any], limit: int, overlong: str) -> int:
-    """Target tokens that a sample longer than `limit` would lose; mask [L].
+    """Target tokens that a sample longer than `limit` would lose; mask [L], exact but for the few tokens between turns.
 
-    Cutting the input keeps the target, unless it does not fit and the sample is dropped; "error" stops the run, which
-    counts here as dropping. A plain text becomes several samples and loses nothing.
+    Where the input gives way, the oldest exchanges go until the rest fits; the last answer stays, or else the sample is
+    dropped. "error" stops the run, which counts here as dropping. A plain text is split and loses nothing.
     """
     targets = int(mask.sum())
     if targets >= len(mask) - 1:
         return 0
     if overlong == "right-of-target":
-        kept = int(mask[:limit].sum())
-        return targets - kept
-    if overlong in ("middle-of-input", "left-of-input") and targets < limit:
-        return 0
-    return targets
-
-
-def _watched(examples: Iterator[Example], bar: Any) -> Iterator[Example]:
-    for number, example in enumerate(examples, start=1):
-        if number % _BATCH == 0:
-            bar.advance(_BATCH)
-        yield example
+        return int(mask[limit:].sum())
+    if overlong not in ("middle-of-input", "left-of-input"):
+        return targets
+    last = int(np.flatnonzero(mask)[-1]) if targets else 0
+    answered = (np.flatnonzero(mask[:-1] > mask[1:]) + 1).tolist()
+    exchanges = [0, *(end for end in answered if end <= last)]  # where each begins
+    start = next((begin for begin in exchanges if len(mask) - begin <= limit), exchanges[-1])
+    kept = int(mask[start:].sum())
+    return targets - kept if kept < limit else targets
 
 
 def _share(part: int, whole: int) -> float:
