@@ -69,6 +69,8 @@ def test_the_header_is_the_hubs(folder: Path) -> None:
     files = found["configs"][0]["data_files"]
     assert [entry["split"] for entry in files] == ["train", "validation"]
     assert all((folder / entry["path"]).is_file() for entry in files)
+    features = found["dataset_info"][0]["features"]  # a loader needs them where pairs and conversations mix
+    assert [entry["name"] for entry in features] == ["kind", "input", "target", "messages", "source"]
     from huggingface_hub import DatasetCard
 
     data = DatasetCard.load(folder / "README.md").data.to_dict()

@@ -44,6 +44,13 @@ _SIZES = (
     (10**6, "100K<n<1M"),
     (10**7, "1M<n<10M"),
 )
+_TEXT = {"dtype": "string"}
+# Said aloud, since a loader that guesses fails where pairs and conversations stand in one file.
+_FEATURES: list[dict[str, Any]] = [
+    *({"name": name} | _TEXT for name in ("kind", "input", "target")),
+    {"name": "messages", "list": [{"name": name} | _TEXT for name in ("role", "content")]},
+    {"name": "source"} | _TEXT,
+]
 _CREATIVE_COMMONS = re.compile(r"\bcc[ -]by((?:[ -](?:nc|sa|nd))*)[ -](\d\.\d)")
 _LICENCES = {
     "apache-2.0": r"\bapache\b", "mit": r"\bmit\b", "cc0-1.0": r"\bcc0\b", "agpl-3.0": r"\bagpl", "gpl-3.0": r"\bgpl",
@@ -248,7 +255,11 @@ def _header(folder: Path, card: Card) -> dict[str, Any]:
         for split in ("train", "validation")
         if _has_lines(folder / f"{split}.jsonl")
     ]
-    return header | {"configs": [{"config_name": "default", "data_files": files}]}
+    name = {"config_name": "default"}
+    return header | {
+        "configs": [name | {"data_files": files}],
+        "dataset_info": [name | {"features": _FEATURES}],
+    }
 
 
 def _yaml(value: Mapping[str, Any], indent: str = "") -> Iterable[str]:

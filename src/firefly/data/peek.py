@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 SPLIT = "train"
 _LONE_BYTE = re.compile("[\udc80-\udcff]")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-# Neighbouring tokens alternate between two shades.
-_LEARNED, _CONTEXT = ("bold green", "bold dark_cyan"), ("default", "bright_black")
+# Neighbouring tokens alternate between two shades, which suit dark and light terminals alike.
+_LEARNED, _CONTEXT = ("bold green", "green"), ("default", "dim")
 
 
 @dataclass(frozen=True)
