@@ -19,13 +19,15 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from firefly.errors import ModelError
+from firefly.errors import InputError, ModelError
 from firefly.recipe import GenerationSection, Recipe
 
 if TYPE_CHECKING:  # the functions import what they need, so that `firefly --help` is instant
     from firefly.app.chat import ChatResult
     from firefly.app.demo import DemoResult
     from firefly.app.pipeline import RunResult
+    from firefly.data.peek import PeekedSample
+    from firefly.data.survey import StatsResult
     from firefly.prune.layout import SizeTable
     from firefly.prune.prune import PruneResult
 
@@ -33,6 +35,8 @@ __all__ = [
     "VersionResult",
     "chat",
     "data",
+    "data_peek",
+    "data_stats",
     "demo",
     "evaluate",
     "prune",
@@ -102,6 +106,64 @@ def data(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:
     from firefly.app.pipeline import run_stages
 
     return run_stages(_recipe(recipe, overrides), until="tokens")
+
+
+def data_stats(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    output: str | Path | None = None,
+) -> StatsResult:
+    """Figures, charts and cards of a dataset or tokens directory, or of both that a recipe or a run made.
+
+    They are written into the directory, or else to `output`; `model` has the tokenizer, where a run does not tell.
+    """
+    from firefly.app.places import find_places
+    from firefly.data.survey import dataset_stats, tokens_stats
+
+    places, out = find_places(path, overrides), Path(output) if output else None
+    if places.tokens is None:
+        assert places.dataset is not None
+        return dataset_stats(places.dataset, out)
+    if places.dataset and out is None:
+        dataset_stats(places.dataset)
+    return tokens_stats(
+        places.tokens,
+        out,
+        dataset=places.dataset,
+        tokenizer=places.tokenizer_at_hand(model),
+        data=places.recipe.data if places.recipe else None,
+    )
+
+
+def data_peek(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    kind: str | None = None,
+    num: int = 5,
+    seed: int = 0,
+    model: str | None = None,
+    html: str | Path | None = None,
+) -> list[PeekedSample]:
+    """Draw training samples of a tokens directory, of a recipe or of a run; `html` writes them as a page, too.
+
+    Raises `InputError` when there are no tokens yet.
+    """
+    from firefly.app.places import find_places
+    from firefly.data.peek import peek, peek_page
+    from firefly.files import write_atomic
+
+    places = find_places(path, overrides)
+    if places.tokens is None:
+        raise InputError(f"{path} has no tokens directory yet; run `firefly data` with its recipe first.")
+    samples = peek(
+        places.tokens, places.tokenizer(model), dataset=places.dataset, kind=kind, num=num, seed=seed
+    )
+    if html is not None:
+        write_atomic(Path(html), peek_page(samples))
+    return samples
 
 
 def train(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:

@@ -18,13 +18,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from firefly import api, console
 from firefly.errors import FireflyError, Interrupted
 from firefly.recipe import GenerationSection
 
+
+class _Verbs(TyperGroup):
+    """The verbs in the order of the pipeline; typer would list groups, such as `data`, last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = [name for name in super().list_commands(ctx) if name != "data"]
+        names.insert(names.index("train"), "data")
+        return names
+
+
 app = typer.Typer(
     name="firefly",
+    cls=_Verbs,
     help="Firefly(流萤): from a multilingual base model to a good Chinese conversational model.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -207,18 +219,110 @@ def prune(
     )
 
 
-@app.command(
+class _BuildByDefault(TyperGroup):
+    """`firefly data RECIPE` means `firefly data build RECIPE`; a recipe named like a verb is `./stats`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["build", *args]
+        return super().parse_args(ctx, args)
+
+
+data_app = typer.Typer(
+    cls=_BuildByDefault,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    epilog=_examples(
+        "firefly data recipes/firefly-1b4.toml",
+        "firefly data stats recipes/firefly-1b4.toml --json",
+        "firefly data peek recipes/firefly-1b4.toml --kind Couplet",
+    ),
+)
+app.add_typer(
+    data_app,
+    name="data",
+    help="Build the dataset of a recipe, look at its figures (stats) and its samples (peek).",
+)
+DataPlace = Annotated[
+    Path, typer.Argument(metavar="DIR|RECIPE", help="A recipe, a run, a dataset or a tokens directory.")
+]
+DataModel = Annotated[
+    str | None,
+    typer.Option(help="The model whose tokenizer made the tokens, where no recipe lies beside them."),
+]
+
+
+@data_app.command(
     epilog=_examples(
         "firefly data recipes/firefly-1b4.toml",
     )
 )
 @_keeps_what_is_done
-def data(
+def build(
     recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Build the dataset of a recipe: import, template, clean, split, encode."""
+    """Build the dataset of a recipe: import, template, clean, split, encode (the word `build` may be left out)."""
     console.quiet(quiet)
     _show(api.data(recipe, overrides or []), as_json, _stage_lines)
+
+
+@data_app.command(
+    epilog=_examples(
+        "firefly data stats recipes/firefly-1b4.toml",
+        "firefly data stats out/firefly-1b4/dataset --json",
+    )
+)
+@_keeps_what_is_done
+def stats(
+    place: DataPlace,
+    overrides: Overrides = None,
+    model: DataModel = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write, if not into the directory.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Count, measure and draw a dataset: lengths, what a limit would cut, drops; cards, charts and a page."""
+    console.quiet(quiet)
+    result = api.data_stats(place, overrides or [], model=model, output=output)
+    if as_json:
+        _show(result, True, lambda _: [])
+        return
+    console.show(*(table.rich() for table in result.tables()))
+    typer.echo(f"{result.output}: stats.json, report.html, tasks.png, lengths.png")
+
+
+@data_app.command(
+    epilog=_examples(
+        "firefly data peek recipes/firefly-1b4.toml --num 3",
+        "firefly data peek out/demo --kind Couplet --seed 7 --html samples.html",
+    )
+)
+@_keeps_what_is_done
+def peek(
+    place: DataPlace,
+    overrides: Overrides = None,
+    kind: Annotated[str | None, typer.Option(help="Samples of this task alone.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="How many samples.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws others.")] = 0,
+    model: DataModel = None,
+    html: Annotated[Path | None, typer.Option(help="Write the samples to this page, too.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show samples as training reads them: what is learned in colour, or in [[…]] where there is none."""
+    console.quiet(quiet)
+    samples = api.data_peek(place, overrides or [], kind=kind, num=num, seed=seed, model=model, html=html)
+    if as_json:
+        typer.echo(
+            json.dumps([dataclasses.asdict(sample) for sample in samples], ensure_ascii=False, indent=2)
+        )
+    elif console.has_colours():
+        console.show(*(sample.coloured() for sample in samples))
+    else:
+        for sample in samples:
+            typer.echo(sample.plain())
 
 
 @app.command(

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 _LOG_INTERVAL_S = 5.0
 _quiet = False
@@ -37,6 +37,23 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Print one warning for the user on stderr."""
     say(f"warning: {message}")
+
+
+def has_colours() -> bool:
+    """Whether stdout is a terminal that shows colours, and nobody asked for none (NO_COLOR)."""
+    from rich.console import Console
+
+    screen = Console()
+    return screen.is_terminal and not screen.no_color and screen.color_system is not None
+
+
+def show(*results: Any) -> None:
+    """Print tables and coloured texts of `rich` on stdout, as wide as they are where it is no terminal."""
+    from rich.console import Console
+
+    screen = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
+    for result in results:
+        screen.print(result)
 
 
 class Progress(Protocol):
