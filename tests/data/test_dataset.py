@@ -208,10 +208,10 @@ def test_deduplication_can_be_switched_off(tmp_path: Path) -> None:
     assert build(tmp_path / "off", {"path": path, "task": "Dictionary"}, deduplicate="off").rejected == 0
 
 
-def test_a_lone_surrogate_is_rejected_and_still_written(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_no_text(tmp_path: Path) -> None:
     path = write(tmp_path / "i.jsonl", [*idioms(3), {"word": "坏", "explanation": "\ud83d"}])
-    build(tmp_path / "out", {"path": str(path), "task": "Dictionary"}, validation_fraction=0)
-    assert [row["reason"] for row in rejects_of(tmp_path / "out")] == ["control_characters"]
+    with pytest.raises(InputError, match=r"i\.jsonl, line 4: .*half of a surrogate pair"):
+        build(tmp_path / "out", {"path": str(path), "task": "Dictionary"}, validation_fraction=0)
 
 
 def test_an_earlier_dataset_survives_bad_input(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def emit(chosen: Chosen) -> Emitted:
             body = json.loads(line)
             for variant in range(copies):
                 out[side].append(_line(_example(body, kind, source, variant, chosen.clean).to_json()))
-    parts = (b"".join(out[side]) for side in (TRAIN, VALIDATION, NOT_USED))
-    return Emitted(*parts, num_candidates=len(chosen.bodies))
+    train, validation, rejects = (b"".join(out[side]) for side in (TRAIN, VALIDATION, NOT_USED))
+    return Emitted(train, validation, rejects, len(chosen.bodies))
 
 
 def _example(body: dict[str, Any], kind: str, source: str, variant: int, options: CleanSection) -> Example:
@@ -88,5 +88,4 @@ def _reject(
 
 
 def _line(text: str) -> bytes:
-    # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
-    return text.encode("utf-8", "backslashreplace") + b"\n"
+    return text.encode("utf-8") + b"\n"

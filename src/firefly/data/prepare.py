@@ -85,8 +85,7 @@ def prepare(work: Work) -> Prepared:
         row["quality"] = min(len(one.target), _MOST_QUALITY)
         row["file"], row["source"] = work.file, work.source
         row["kind"], row["reason"] = kinds.number(one.kind), reasons.number(one.reason)
-        # A lone surrogate, which UTF-8 cannot hold, becomes its JSON escape.
-        lines.append(json.dumps(one.body, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        lines.append(json.dumps(one.body, ensure_ascii=False).encode("utf-8") + b"\n")
     sound = [signature(one.same) for one in candidates if not one.reason] if work.near else []
     signatures = np.stack(sound) if sound else None
     return Prepared(b"".join(lines), columns, signatures, kinds.all, reasons.all)
