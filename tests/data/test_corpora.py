@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firefly.data.corpora import CLUENER, group_of
@@ -156,6 +157,7 @@ def test_multiple_choice_letters_match_the_answer() -> None:
     assert (found["letter"], found["choice"], found["passage"]) == ("B", "两个", "男：早。\n女：早。")
     assert reason("multiple_choice", raw | {"choice": ["两个", "两个"]}) == "ambiguous_choices"
     assert reason("multiple_choice", raw | {"answer": "三个"}) == "ambiguous_choices"
+    assert reason("multiple_choice", raw | {"choice": ["两个", *"甲乙丙丁戊己庚辛"]}) == "ambiguous_choices"
 
 
 def test_keywords_come_without_forged_tags_and_without_the_title() -> None:
@@ -272,10 +274,7 @@ def whole(name: str, record: dict[str, Any], kind: str | None = None) -> Whole:
     return item
 
 
-def test_instructions_belong_to_the_task_that_the_recipe_names() -> None:
-    raw = {"instruction": "Reverse it.", "input": "abc", "output": "cba"}
-    example = whole("instructions", raw, "Program").example
-    assert (example.kind, example.input, example.target) == ("Program", "Reverse it.\nabc", "cba")
+def test_alpaca_cot_gets_its_line_ends() -> None:
     mended = whole("alpaca_cot", {"instruction": "Q?\\nOptions:\\n- a", "output": "So a.\\n"}, "Cot").example
     assert (mended.kind, mended.input, mended.target) == ("Cot", "Q?\nOptions:\n- a", "So a.")
 
@@ -331,7 +330,6 @@ PACK: dict[str, tuple[str, str | None, dict[str, str]]] = {
     "cot_gsm8k": ("gsm8k", "Cot", {}),
     "cot_alpaca_cot": ("alpaca_cot", "Cot", {}),
     "prog_mbpp": ("mbpp", "Program", {}),
-    "prog_codealpaca2k": ("instructions", "Program", {}),
     "trans_wmt21": ("grouped", "Translation", {}),
     "dict_cc_cedict": ("cedict", "Translation", {}),
     "mix_pclue_9": ("pclue", None, {}),
@@ -382,8 +380,91 @@ def test_a_record_of_another_shape_is_refused_in_one_sentence(name: str, record:
     assert "\n" not in str(caught.value)
 
 
-def test_every_importer_here_has_a_golden_sample_or_a_test() -> None:
-    used = {
-        sample["importer"] for kind in load_tasks() for _, sample in read_records(RAW / f"{kind}.jsonl")
-    } | {"yaclc", "alpaca_cot", "pclue"}
-    assert set(IMPORTERS_HERE) <= used
+@pytest.mark.parametrize(
+    ("name", "record", "field"),
+    [
+        ("ner_bio", {"chars": [1], "tags": ["O"]}, "chars"),
+        ("ner_bio", {"chars": ["a"], "tags": ["B-XYZ.NAM"]}, "B-XYZ.NAM"),
+        ("ner_spans", {"text": "ab", "label": {"planet": {"a": [[0, 0]]}}}, "label"),
+        (
+            "yaclc",
+            {
+                "sentence_text": "a",
+                "article_id": 1,
+                "sentence_annos": [
+                    {"correction": "b", "annotator_count": "1", "edits_count": 1, "is_grammatical": 1}
+                ],
+            },
+            "sentence_annos",
+        ),
+        (
+            "grammar_chat",
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
+            "conversations",
+        ),
+        ("meetings", {"context": [["a"], ["b"]], "speaker": [1]}, "speaker"),
+        ("triples", {"question": "a", "triple": "a | b | c"}, "triple"),
+        ("gsm8k", {"question": "a", "answer": "5"}, "answer"),
+    ],
+)
+def test_what_is_wrong_inside_a_field_is_named(name: str, record: dict[str, Any], field: str) -> None:
+    with pytest.raises(InputError, match=f"corpus.jsonl, line 7: .*'{re.escape(field)}'"):
+        imported(name, record)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+NOTE = {"correction": "好。", "annotator_count": 1, "edits_count": 1, "is_grammatical": 1}
+SOUND = [  # importer, task, record
+    *(
+        (
+            sample["importer"],
+            kind,
+            sample["record"]
+            | {name: sample["record"][there] for name, there in sample.get("fields", {}).items()},
+        )
+        for kind in load_tasks()
+        for _, sample in read_records(RAW / f"{kind}.jsonl")
+        if sample["importer"] in IMPORTERS_HERE
+    ),
+    ("yaclc", "TextCorrection", {"sentence_text": "病句。", "article_id": 5, "sentence_annos": [NOTE]}),
+    ("alpaca_cot", "Cot", {"instruction": "Q?", "output": "A."}),
+    ("pclue", None, {"input": "甲？", "target": "是", "type": "nli", "answer_choices": ["是", "否"]}),
+]
+
+
+def spoilt(value: Any, draw: st.DataObject) -> Any:
+    """The value with something somewhere in it replaced by anything."""
+    if isinstance(value, dict) and value and draw.draw(st.booleans()):
+        name = draw.draw(st.sampled_from(sorted(value)))
+        return value | {name: spoilt(value[name], draw)}
+    if isinstance(value, list) and value and draw.draw(st.booleans()):
+        place = draw.draw(st.integers(0, len(value) - 1))
+        return [*value[:place], spoilt(value[place], draw), *value[place + 1 :]]
+    return draw.draw(JSON)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(SOUND), st.data())
+def test_a_damaged_record_is_used_skipped_or_refused_and_never_a_crash(
+    sound: tuple[str, str | None, dict[str, Any]], draw: st.DataObject
+) -> None:
+    name, kind, record = sound
+    damaged = spoilt(record, draw)
+    if not isinstance(damaged, dict):
+        return
+    try:
+        items = list(IMPORTERS[name](damaged, Origin(Path("corpus.jsonl"), 7, kind)))
+    except InputError:
+        return
+    assert items
+    for item in items:
+        if isinstance(item, Record):
+            assert all(isinstance(text, str) for text in item.fields.values())
+
+
+def test_every_importer_here_has_a_sound_record_above() -> None:
+    assert {name for name, _, _ in SOUND} == set(IMPORTERS_HERE)

@@ -1,13 +1,17 @@
 """Importers of labelled corpora: what annotators wrote (spans, tags, references, triples) becomes plain fields.
 
-    grouped                        fields as they stand, kept together by the first: NLI, matching, reviews, translation
-    instructions, pclue            whole questions and answers
+    grouped                        fields as they stand, kept together by the first: premise, sentence, question
+    pclue, alpaca_cot              whole questions and answers
     ner_spans, ner_bio             entities: CLUENER's spans, Weibo's tags
-    spelling, mucgec, yaclc, grammar_chat                    corrections
+    spelling, grammar_chat         corrections: SIGHAN, pycorrector's grammar set
+    mucgec, yaclc                  corrections with several references
     squad, multiple_choice         reading comprehension: CMRC and DRCD, C3
-    csl_keywords, csl_candidates, tags                       keywords: CSL, FewCLUE's CSL, TNEWS
-    meetings, triples, cedict, mbpp                          VCSum, NLPCC and KgCLUE, CC-CEDICT, MBPP
-    ape210k, gaokao, gsm8k, alpaca_cot                       answers with their reasoning
+    csl_keywords, csl_candidates   keywords: CSL, FewCLUE's CSL
+    tags                           keywords: the tags of TNEWS
+    meetings                       summaries: VCSum
+    triples                        questions about an entity: NLPCC, KgCLUE
+    cedict, mbpp                   words: CC-CEDICT; programs: MBPP
+    ape210k, gaokao, gsm8k         answers with their reasoning
 
 Each is a pure function of one record (see `importers`). A record that is sound but of no use is `Skipped` with its
 reason's code; one of another shape is an `InputError`. The group of a record is its passage (for OCNLI the premise,
@@ -34,13 +38,13 @@ from firefly.data.importers import (
     Skipped,
     Whole,
     field_text,
-    import_firefly,
     importer,
 )
 from firefly.data.tasks import task
 from firefly.errors import InputError
 
 NONE = "无"  # the answer where there is nothing to find
+LETTERS = "ABCDEFGH"
 
 
 def group_of(passage: str) -> str:
@@ -100,19 +104,13 @@ def import_grouped(record: dict[str, Any], origin: Origin) -> Iterator[Imported]
     yield Record(fields, group_of(fields[names[0]]), origin.source)
 
 
-@importer("instructions", needs_task=True)
-def import_instructions(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
-    """Alpaca's {"instruction", "input", "output"} as examples of the task that the recipe names."""
-    yield from import_firefly(record | {"kind": origin.kind}, origin)
-
-
-@importer("alpaca_cot", needs_task=True)
+@importer("alpaca_cot")
 def import_alpaca_cot(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
-    """Alpaca-CoT, which writes some line ends as a backslash and an n."""
-    mended = {
-        name: _text(record, name, origin).replace("\\n", "\n").strip() for name in ("instruction", "output")
-    }
-    yield from import_instructions(mended, origin)
+    """Alpaca-CoT: questions already worded, in which a backslash and an n may stand for a line end."""
+    question, answer = (
+        _text(record, name, origin).replace("\\n", "\n").strip() for name in ("instruction", "output")
+    )
+    yield Whole(Example.of(origin.kind or "Cot", question, answer, origin.source), group_of(question))
 
 
 @importer("pclue")
@@ -166,8 +164,10 @@ def import_ner_spans(record: dict[str, Any], origin: Origin) -> Iterator[Importe
 def import_ner_bio(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     """Weibo NER: {"chars", "tags"}, a BIO tag a character; only names (.NAM) count, not nouns (.NOM)."""
     characters, tags = record.get("chars"), record.get("tags")
-    if not isinstance(characters, list) or not isinstance(tags, list) or len(characters) != len(tags):
-        raise _wrong(record, "tags", "a list as long as 'chars'", origin)
+    if not isinstance(tags, list) or not isinstance(characters, list) or len(characters) != len(tags):
+        raise _wrong(record, "tags", "a list as long as the list 'chars'", origin)
+    if not all(isinstance(character, str) for character in characters):
+        raise _wrong(record, "chars", "a list of texts", origin)
     found: list[tuple[str, str]] = []
     before = ""
     for character, tag in zip(characters, tags, strict=True):
@@ -252,9 +252,10 @@ def import_yaclc(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     """YACLC: a learner's sentence; the correction that most annotators chose, of these the one nearest to it."""
     sentence = _text(record, "sentence_text", origin)
     keys = {"correction", "annotator_count", "edits_count", "is_grammatical"}
-    given = [
-        note for note in _dicts(record, "sentence_annos", keys, origin) if note["is_grammatical"]
-    ]  # others are fluent too, but go beyond grammar
+    notes = _dicts(record, "sentence_annos", keys, origin)
+    if not all(isinstance(note[name], int) for note in notes for name in keys - {"correction"}):
+        raise _wrong(record, "sentence_annos", "a list of objects with whole numbers as counts", origin)
+    given = [note for note in notes if note["is_grammatical"]]  # the others go beyond grammar
     if not given:
         yield Skipped("no_grammatical_reference", origin.source, sentence)
         return
@@ -299,10 +300,10 @@ def import_multiple_choice(record: dict[str, Any], origin: Origin) -> Iterator[I
     """C3: `passage` (a list: paragraphs, or the turns of a dialogue), `question`, `choice`, `answer`."""
     passage, options = "\n".join(_texts(record, "passage", origin)), _texts(record, "choice", origin)
     question, answer = (_text(record, name, origin) for name in ("question", "answer"))
-    if options.count(answer) != 1 or len(set(options)) != len(options):
+    if options.count(answer) != 1 or len(set(options)) != len(options) or len(options) > len(LETTERS):
         yield Skipped("ambiguous_choices", origin.source, question)
         return
-    letters = "ABCDEFGH"[: len(options)]
+    letters = LETTERS[: len(options)]
     fields = {
         "passage": passage,
         "stem": question,
@@ -493,7 +494,7 @@ def _evaluate(node: ast.expr) -> Fraction:
         return -_evaluate(node.operand)
     if isinstance(node, ast.BinOp):
         left, right = _evaluate(node.left), _evaluate(node.right)
-        if isinstance(node.op, ast.Pow) and right in (2, 3):
+        if isinstance(node.op, ast.Pow) and right in (2, 3) and abs(left) < 10**9:
             return left**right.numerator
         if type(node.op) in _OPERATORS:
             return _OPERATORS[type(node.op)](left, right)
