@@ -360,6 +360,8 @@ def test_each_kind_takes_its_own_fiction_and_essays() -> None:
         for kind in kinds.values():
             found = reasons("essays", kind, essay | {"collection": collection})
             assert found == ["kept" if kind == own else "other_kind"]
+    preface = essay | {"collection": "热风", "title": "题记"}
+    assert reasons("essays", "Composition", preface) == ["front_matter"]
 
 
 def test_damaged_passages_are_refused_one_by_one() -> None:

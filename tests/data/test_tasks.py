@@ -75,6 +75,14 @@ def test_tasks_ship_under_their_firefly_names() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", load_tasks())
+def test_the_templates_of_a_direction_need_the_same_fields(kind: str) -> None:
+    """Otherwise a record that lacks a field of one template is never asked by the others."""
+    for direction in task(kind).directions:
+        needed = {frozenset(re.findall(r"{(\w+)}", template)) for template in direction.templates}
+        assert len(needed) == 1, f"{kind}, direction {direction.name}: {needed}"
+
+
 def test_two_tasks_may_not_share_a_template(tmp_path: Path) -> None:
     folder_with(tmp_path, GOOD)
     folder_with(tmp_path, GOOD.replace('kind = "Dictionary"', 'kind = "Words"'), "words.toml")

@@ -429,6 +429,9 @@ _WHOLE = 800  # characters: a work up to this length is learnt whole
 _PASSAGE = 400  # characters at most in what is written
 _OPENING = 150  # characters at most in what stands before
 _SHORTEST = 40
+_FRONT_MATTER = re.compile(
+    "题记|题辞|[前后附]记|序|自?序言|小引|引言"
+)  # titles that say nothing of what follows
 # What Lu Xun's collections hold; the others are essays.
 _KIND_OF_COLLECTION = dict.fromkeys(("野草", "朝花夕拾"), "ProseGeneration") | dict.fromkeys(
     ("呐喊", "彷徨", "故事新编"), "StoryGeneration"
@@ -558,6 +561,9 @@ def import_essays(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     collection, title, raw = _required(record, ("collection", "title", "text"), origin)
     if _KIND_OF_COLLECTION.get(collection, "Composition") != origin.kind:
         yield Skipped("other_kind", origin.source, f"{collection} {title}")
+        return
+    if _FRONT_MATTER.fullmatch(title):
+        yield Skipped("front_matter", origin.source, f"{collection} {title}")
         return
     text = tidy(raw.partition("※")[0])  # after ※ an editor's notes
     fields = _present(book=collection, author=field_text(record, "author", origin), title=tidy(title))
