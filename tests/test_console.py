@@ -37,13 +37,6 @@ def test_quiet_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.out == said.err == ""
 
 
-def test_labels_fall_back_to_english(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "chinese_font", lambda: None)
-    assert plots.label("步数", "step") == "step"
-    monkeypatch.setattr(plots, "chinese_font", lambda: "Noto Sans CJK SC")
-    assert plots.label("步数", "step") == "步数"
-
-
 @pytest.mark.filterwarnings("error:Glyph")
 def test_pictures_have_no_missing_glyphs(tmp_path: Path) -> None:
     with plots.figure(tmp_path / "x.png") as axes:

@@ -15,7 +15,6 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +221,7 @@ def hub_licences(texts: Iterable[str]) -> list[str]:
 def readme(folder: Path, card: Card, pictures: Sequence[str]) -> str:
     """The dataset card: a YAML header for the Hub, then Markdown for people."""
     parts = [
-        "---\n" + "\n".join(_yaml(_header(folder, card))) + "\n---",
+        "---\n" + "\n".join(_yaml(_header(card))) + "\n---",
         "# 流萤 Firefly: Chinese instruction data",
         summary(card),
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
@@ -236,7 +235,7 @@ def readme(folder: Path, card: Card, pictures: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _header(folder: Path, card: Card) -> dict[str, Any]:
+def _header(card: Card) -> dict[str, Any]:
     """The values of the YAML header, in the Hub's words."""
     kinds = _kinds(card)
     licences = hub_licences(_licence(source, card) for source in card.get("sources", []))
@@ -253,7 +252,7 @@ def _header(folder: Path, card: Card) -> dict[str, Any]:
     files = [
         {"split": split, "path": f"{split}.jsonl"}
         for split in ("train", "validation")
-        if _has_lines(folder / f"{split}.jsonl")
+        if any(row.get(split) for row in kinds.values())
     ]
     name = {"config_name": "default"}
     return header | {
@@ -277,14 +276,11 @@ def _yaml(value: Mapping[str, Any], indent: str = "") -> Iterable[str]:
                 yield f"{indent}- {json.dumps(entry, ensure_ascii=False)}"
 
 
-def _has_lines(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
-
-
 def _first_record(folder: Path) -> dict[str, Any] | None:
-    if not _has_lines(folder / "train.jsonl"):
+    path = folder / "train.jsonl"
+    if not path.is_file() or path.stat().st_size == 0:
         return None
-    return next((record for _, record in islice(read_json_lines(folder / "train.jsonl"), 1)), None)
+    return next((record for _, record in read_json_lines(path)), None)
 
 
 def _how(card: Card) -> str:

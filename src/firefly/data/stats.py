@@ -101,7 +101,7 @@ def draw_lengths(path: Path, summary: Mapping[str, Any], unit: str = "token") ->
         axes.bar([low], [top], width=width, align="edge", color=plots.ORANGE, label=label)
         label = f"{plots.label('中位数', 'median')} {median:g}"
         axes.axvline(median, color=plots.GREY, linewidth=1.5, linestyle="--", label=label)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper right")
         axes.margins(x=0.01)
         axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(plots.label(f"样本长度（{measure}）", f"length of a sample ({measure})"))
