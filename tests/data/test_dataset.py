@@ -239,7 +239,7 @@ def test_every_source_is_checked_before_work_begins(tmp_path: Path) -> None:
     for bad, message in [
         (
             {"path": str(tmp_path / "none.jsonl")},
-            r"data\.sources\[1\]: the file .*none\.jsonl does not exist",
+            r"data\.sources\[1\]: The file .*none\.jsonl does not exist",
         ),
         (good | {"task": "Dictionry"}, r"data\.sources\[1\]: Unknown task 'Dictionry': did you mean"),
         (good | {"importer": "record"}, r"data\.sources\[1\]: Unknown importer 'record': did you mean"),
