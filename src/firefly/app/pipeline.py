@@ -35,6 +35,10 @@ from firefly.train.checkpoint import find_checkpoints
 from firefly.train.loop import HARMLESS, train
 
 StageName = Literal["dataset", "prune", "tokens", "train", "evaluate"]
+_TOKEN_OPTIONS = ("chat_format", "max_seq_length", "overlong", "allow_lost_targets")
+"""Options of the data section that the tokens stage depends on, and the dataset stage does not."""
+_HARMLESS_OPTIONS = ("engine", "num_workers")
+"""Options of the data section that change no result."""
 STAGES: tuple[StageName, ...] = ("dataset", "prune", "tokens", "train", "evaluate")
 
 
@@ -113,7 +117,8 @@ def _what_counts(recipe: Recipe) -> dict[str, Any]:
     """The options that decide about the trained weights, by their full names."""
     tables = recipe.model_dump(include={"model", "prune", "data", "train"}, exclude_none=True)
     options = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    return {name: value for name, value in options.items() if name.removeprefix("train.") not in HARMLESS}
+    harmless = {f"train.{key}" for key in HARMLESS} | {f"data.{key}" for key in _HARMLESS_OPTIONS}
+    return {name: value for name, value in options.items() if name not in harmless}
 
 
 class _Line:
@@ -132,7 +137,7 @@ class _Line:
     def dataset(self, base: Path) -> None:  # noqa: ARG002 - stages have one signature
         data = self.recipe.data
         files = [_identity(locate(source.path)) for source in data.sources]
-        choices = data.model_dump(exclude={"max_seq_length", "overlong", "allow_lost_targets"})
+        choices = data.model_dump(exclude={*_TOKEN_OPTIONS, *_HARMLESS_OPTIONS, "pack_length"})
         place = self.out / "dataset"
         self._stage("dataset", place, [choices, files], lambda: build_dataset(data, place))
 
@@ -164,9 +169,8 @@ class _Line:
 
     def tokens(self, base: Path) -> None:
         data = self.recipe.data
-        limits = [data.max_seq_length, data.overlong, data.allow_lost_targets]
         depends = [
-            limits,
+            data.model_dump(include=set(_TOKEN_OPTIONS)),
             self.marks["dataset"],
             self.marks.get("prune"),
             sha256_file(base / "tokenizer.json"),
@@ -180,6 +184,7 @@ class _Line:
         section = self.recipe.train.model_dump()
         depends = [
             section,
+            self.recipe.data.pack_length,
             self.marks["tokens"],
             self.marks.get("prune") or [_identity(p) for p in _files_of(base)],
         ]
