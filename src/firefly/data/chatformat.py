@@ -64,6 +64,7 @@ class RenderedBlock:
     ids: NDArray[np.uint32]  # T
     mask: NDArray[np.uint8]  # T
     borders: NDArray[np.int64]  # N + 1
+    answer_bytes: NDArray[np.int64]  # N, UTF-8 bytes of the answers
 
     def samples(self) -> Iterator[Rendered]:
         """One after the other, as lists."""
@@ -142,11 +143,13 @@ class _Fixed:
 class _Run:
     """Text between two special tokens: stretches of parts (fixed text, or the number of a message).
 
-    `heads[k]` are the ids of stretches 0 … k joined, where these hold no message.
+    `heads[k]` are the ids of stretches 0 … k joined, where these hold no message. `simple`: the text is one message
+    between two fixed texts, and only its last stretch needs encoding.
     """
 
     stretches: tuple[tuple[tuple[str | int, ...], bool], ...]
     heads: tuple[list[int] | None, ...]
+    simple: tuple[str, int, str] | None = None
 
     def texts(self, contents: list[str]) -> list[str]:
         """The text of each stretch."""
@@ -162,6 +165,8 @@ class _Layout:
 
     pieces: tuple[_Fixed | _Run, ...]
     strips: tuple[tuple[int, Callable[[str], str]], ...]  # message → how the template trims its content
+    runs: tuple[_Run, ...]  # those of the pieces
+    answers: tuple[int, ...]  # the assistant's messages
     parts: tuple[str | int, ...]  # the whole text, for comparison
     beyond: str  # what the template writes behind it, and we do not
 
@@ -239,17 +244,20 @@ class ChatFormat:
     ) -> RenderedBlock:
         """`render` for many conversations, encoded together by `encode` (by default the tokenizer's own)."""
         texts: list[str] = []
-        plan: list[tuple[_Fixed | _Run, list[str]]] = []
-        sizes: list[int] = []  # pieces of each sample
+        plan: list[tuple[_Layout, list[str]]] = []
+        answer_bytes: list[int] = []
         for messages in conversations:
             layout = self._layout(messages)
             contents = self._contents(messages, layout)
-            sizes.append(len(layout.pieces))
-            for piece in layout.pieces:
-                plan.append((piece, contents))
-                if isinstance(piece, _Run):
+            plan.append((layout, contents))
+            answer_bytes.append(sum([len(contents[number].encode()) for number in layout.answers]))
+            for run in layout.runs:
+                if run.simple is not None:
+                    prefix, number, suffix = run.simple
+                    texts.append(prefix + contents[number] + suffix)
+                else:
                     text = ""
-                    for stretch, head in zip(piece.texts(contents), piece.heads, strict=True):
+                    for stretch, head in zip(run.texts(contents), run.heads, strict=True):
                         text += stretch
                         if head is None:
                             texts.append(text)
@@ -257,29 +265,27 @@ class ChatFormat:
         ids: list[list[int]] = []
         counts: list[int] = []
         flags: list[bool] = []
-        lengths: list[int] = []
-        for piece, contents in plan:
-            if isinstance(piece, _Fixed):
-                ids.append(piece.ids)
-                counts.append(len(piece.ids))
-                flags.append(piece.learn)
-                lengths.append(len(piece.ids))
-            else:
-                length = self._add_run(piece, contents, encoded, ids, counts, flags)
-                lengths.append(length)
-        flat = np.fromiter(chain.from_iterable(ids), np.uint32, sum(lengths))
+        borders = [0]
+        length = 0
+        for layout, contents in plan:
+            for piece in layout.pieces:
+                if isinstance(piece, _Fixed):
+                    ids.append(piece.ids)
+                    counts.append(len(piece.ids))
+                    flags.append(piece.learn)
+                    length += len(piece.ids)
+                else:
+                    length += self._add_run(piece, contents, encoded, ids, counts, flags)
+            borders.append(length)
+        flat = np.fromiter(chain.from_iterable(ids), np.uint32, length)
         mask = np.repeat(np.asarray(flags, np.uint8), counts)
-        ends = np.cumsum([0, *lengths])[np.cumsum([0, *sizes])]
-        return RenderedBlock(flat, mask, ends.astype(np.int64))
+        return RenderedBlock(flat, mask, np.asarray(borders, np.int64), np.asarray(answer_bytes, np.int64))
 
     def num_answer_bytes(self, messages: Sequence[Message]) -> int:
         """UTF-8 bytes of the answers as they are written."""
-        strips = dict(self._layout(messages).strips)
-        return sum(
-            len((strips[number](message.content) if number in strips else message.content).encode())
-            for number, message in enumerate(messages)
-            if message.role == "assistant"
-        )
+        layout = self._layout(messages)
+        contents = self._contents(messages, layout)
+        return sum(len(contents[number].encode()) for number in layout.answers)
 
     def _add_run(
         self,
@@ -291,6 +297,11 @@ class ChatFormat:
         flags: list[bool],
     ) -> int:
         """Append one run's ids, and how many of them each stretch has; returns how many there are."""
+        if len(run.heads) == 1 and not self._markers:
+            ids.append(next(encoded))
+            counts.append(len(ids[-1]))
+            flags.append(run.stretches[0][1])
+            return counts[-1]
         before: list[int] = []
         lengths = []
         nested = True
@@ -347,7 +358,7 @@ class ChatFormat:
 
     def _layout(self, messages: Sequence[Message]) -> _Layout:
         # A blank content is part of the layout, since trimming it may reach the fixed text around it.
-        key = tuple((m.role, None if m.content.strip() else m.content) for m in messages)
+        key = tuple([(m.role, None if m.content.strip() else m.content) for m in messages])
         layout = self._layouts.get(key)
         if layout is None:
             if len(self._layouts) > 5000:
@@ -359,7 +370,8 @@ class ChatFormat:
         """Render the template with placeholders and read from it what is fixed and what is learned."""
         if _is_plain(messages):
             bos, eos = _Fixed([self.tokenizer.bos_id], False), _Fixed([self.tokenizer.eos_id], True)
-            return _Layout((bos, _Run((((0,), True),), (None,)), eos), (), (0,), "")
+            run = _Run((((0,), True),), (None,), ("", 0, ""))
+            return _Layout((bos, run, eos), (), (run,), (0,), (0,), "")
         skeleton, beyond = self._skeleton(messages)
         strips = []
         for number, message in enumerate(messages):
@@ -377,7 +389,10 @@ class ChatFormat:
             elif part:
                 pieces.append((part, learn))
         parts = tuple(part for part, _ in pieces)
-        return _Layout(tuple(_merged(self._tokenized(pieces))), tuple(strips), parts, beyond)
+        found = tuple(_merged(self._tokenized(pieces)))
+        runs = tuple(piece for piece in found if isinstance(piece, _Run))
+        answers = tuple(number for number, message in enumerate(messages) if message.role == "assistant")
+        return _Layout(found, tuple(strips), runs, answers, parts, beyond)
 
     def _skeleton(self, messages: Sequence[Message]) -> tuple[str, str]:
         """The text with placeholders and marks around what is learned, and what the template writes beyond it."""
@@ -460,7 +475,13 @@ class ChatFormat:
         if heads[-1] is not None and len(stretches) == 1:
             yield _Fixed(heads[-1], stretches[0][1])
         else:
-            yield _Run(tuple((tuple(parts), learn) for parts, learn in stretches), tuple(heads))
+            every = [part for parts, _ in stretches for part in parts]
+            numbers = [part for part in every if isinstance(part, int)]
+            simple = None
+            if len(numbers) == 1 and heads.count(None) == 1 and heads[-1] is None:
+                place = every.index(numbers[0])
+                simple = ("".join(map(str, every[:place])), numbers[0], "".join(map(str, every[place + 1 :])))
+            yield _Run(tuple((tuple(parts), learn) for parts, learn in stretches), tuple(heads), simple)
 
     def _marker_names(self, layout: _Layout) -> Iterator[str]:
         """Added tokens that the template writes and that a tokenizer would also find in a message."""

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from firefly.console import progress, say, warn
-from firefly.data.chatformat import ChatFormat, Encode, RenderedBlock, open_format
+from firefly.data.chatformat import ChatFormat, Encode, Rendered, RenderedBlock, open_format
 from firefly.data.dataset import FILES
 from firefly.data.encoder import FastEncoder, disagreement
 from firefly.data.engine import ordered_map
@@ -371,7 +371,7 @@ def _cut(
     """Cut what is too long; most blocks have nothing of the kind and stay as they are."""
     ids, mask, lengths = rendered.ids, rendered.mask, np.diff(rendered.borders)
     origins = np.arange(block.first, block.first + len(examples))
-    target_bytes: Any = list(map(chat_format.num_answer_bytes, [example.messages for example in examples]))
+    target_bytes = rendered.answer_bytes
     cuts: Counter[tuple[str, str]] = Counter()
     overlong = np.flatnonzero(lengths > job.data.max_seq_length).tolist()
     if overlong:
@@ -382,13 +382,14 @@ def _cut(
             span = slice(rendered.borders[done], rendered.borders[place])
             pieces += [ids[span], mask[span]]
             rows += zip(
-                lengths[done:place].tolist(), target_bytes[done:place], range(done, place), strict=True
+                lengths[done:place].tolist(),
+                target_bytes[done:place].tolist(),
+                range(done, place),
+                strict=True,
             )
             if place < len(examples):
                 start, end = rendered.borders[place : place + 2]
-                whole = next(
-                    RenderedBlock(ids[start:end], mask[start:end], np.array([0, end - start])).samples()
-                )
+                whole = Rendered(ids[start:end].tolist(), mask[start:end].astype(bool).tolist())
                 for part in fit(examples[place], whole, chat_format, job.data):
                     cuts.update((examples[place].kind, reason) for reason in part.reasons)
                     if part.sample is not None:
@@ -409,7 +410,7 @@ def _cut(
         lengths,
         kinds,
         list(names),
-        np.asarray(target_bytes, np.int64),
+        target_bytes,
         origins,
         cuts,
         len(examples),
