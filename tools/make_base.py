@@ -16,7 +16,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BloomConfig, BloomForCausalLM
 
-from firefly.data.chatformat import template
+from firefly.data.chatformat import open_format
+from firefly.data.tokenizer import ModelTokenizer
 from firefly.files import read_json_lines
 
 TEXTS = (
@@ -92,7 +93,8 @@ def main() -> None:
     (options.out / "tokenizer_config.json").write_text(
         json.dumps(settings, indent=2) + "\n", encoding="utf-8"
     )
-    (options.out / "chat_template.jinja").write_text(template("<s>", "</s>"), encoding="utf-8")
+    chat_format = open_format("firefly", ModelTokenizer.load(options.out))
+    (options.out / "chat_template.jinja").write_text(chat_format.template, encoding="utf-8")
 
     torch.manual_seed(options.seed)
     config = BloomConfig(

@@ -151,10 +151,11 @@ class DataSection(Section):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.02, description="share of the examples held out, chosen by content hash"
     )
-    chat_format: str = Field(
-        default="firefly",
-        description="how turns become tokens: firefly, chatml, llama2, llama3, gemma, mistral, baichuan, or 'model' "
-        "for the base's own chat_template",
+    chat_format: Literal["firefly", "chatml", "llama2", "llama3", "gemma", "mistral", "baichuan", "model"] = (
+        Field(
+            default="firefly",
+            description="how turns become tokens; 'model': the base's own chat_template",
+        )
     )
     max_seq_length: Annotated[int, Field(ge=8, le=1_048_576)] = Field(
         default=512, description="tokens in one sample at most"

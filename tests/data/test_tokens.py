@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firefly.data.chatformat import render
+from firefly.data import tokens as tokens_module
+from firefly.data.chatformat import open_format, render
 from firefly.data.dataset import build_dataset, read_dataset
+from firefly.data.encoder import FastEncoder
+from firefly.data.example import Example, Message
 from firefly.data.loader import TrainingStream, in_order, pack
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import Tokens, TokensResult, encode_dataset
 from firefly.errors import InputError
+from firefly.files import sha256_file
 from firefly.recipe import DataSection
-from tiny import write_pairs
+from tiny import phrases, write_pairs
 
 Encode = Callable[..., tuple[Path, TokensResult]]
 
@@ -64,9 +70,10 @@ def long_pairs(path: Path, question: int, answer: int) -> Path:
     return path
 
 
-def test_truncation_is_counted_and_keeps_the_prompt(encode: Encode, tmp_path: Path) -> None:
-    place, result = encode(long_pairs(tmp_path / "p.jsonl", 2, 40), max_seq_length=32)
-    assert result.cuts == {"K": {"truncated": 10}} and result.longest_tokens == 32
+def test_a_cut_target_is_counted_and_does_not_end(encode: Encode, tmp_path: Path) -> None:
+    source = long_pairs(tmp_path / "p.jsonl", 2, 40)
+    place, result = encode(source, max_seq_length=32, overlong="right-of-target")
+    assert result.cuts == {"K": {"target_end_cut": 10}} and result.longest_tokens == 32
     tokens = Tokens.open(place, "train")
     sample = tokens.sample(0)
     assert (
@@ -87,10 +94,11 @@ def test_a_target_cut_entirely_is_an_error_unless_allowed(encode: Encode, tmp_pa
     rows = write_pairs(tmp_path / "p.jsonl", 20).read_text("utf-8")
     long = long_pairs(tmp_path / "q.jsonl", 90, 2).read_text("utf-8")
     (tmp_path / "r.jsonl").write_text(rows + long, encoding="utf-8")
+    options = {"max_seq_length": 128, "overlong": "right-of-target"}
     with pytest.raises(InputError, match=r"r\.jsonl:\d+ \(K\): the input alone fills max_seq_length = 128"):
-        encode(tmp_path / "r.jsonl", max_seq_length=128)
+        encode(tmp_path / "r.jsonl", **options)
     assert not (tmp_path / "tokens").exists()
-    _, result = encode(tmp_path / "r.jsonl", max_seq_length=128, allow_lost_targets=True)
+    _, result = encode(tmp_path / "r.jsonl", allow_lost_targets=True, **options)
     assert result.cuts == {"K": {"target_lost": 10}}
     with pytest.raises(InputError, match=r"raise data\.max_seq_length"):
         encode(tmp_path / "r.jsonl", max_seq_length=128, overlong="error")
@@ -161,3 +169,159 @@ def test_packing(samples: list[list[tuple[int, bool]]]) -> None:
         batch.target_positions.tolist(), batch.target_ids.tolist(), batch.target_samples.tolist(), strict=True
     )
     assert list(found) == expected
+
+
+def many_lines(path: Path, count: int) -> Path:
+    """Lines of a dataset: short and overlong ones, several turns, plain texts, two kinds."""
+    rng = random.Random(0)
+    with path.open("w", encoding="utf-8") as handle:
+        for number in range(count):
+            turns = [Message("system", "简短")] * (number % 3 == 0)
+            for _ in range(rng.choice([1, 1, 2, 4])):
+                turns += [Message("user", phrases(rng, 30)), Message("assistant", phrases(rng, 4))]
+            example = Example(f"K{number % 2}", tuple(turns), f"{number}")
+            if number % 10 == 7:
+                example = Example.plain("Plain", phrases(rng, 30))
+            handle.write(example.to_json() + "\n")
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A dataset directory of several blocks."""
+    (tmp_path / "dataset").mkdir()
+    many_lines(tmp_path / "dataset" / "train.jsonl", 2500)
+    many_lines(tmp_path / "dataset" / "validation.jsonl", 30)
+    return tmp_path / "dataset"
+
+
+def section(**options: Any) -> DataSection:
+    table = {"sources": [{"path": "none"}], "max_seq_length": 96, "allow_lost_targets": True}
+    return DataSection.model_validate(table | options)
+
+
+def digests(place: Path) -> dict[str, str]:
+    return {
+        path.relative_to(place).as_posix(): sha256_file(path)
+        for path in sorted(place.rglob("*"))
+        if path.is_file() and path.suffix != ".png"
+    }
+
+
+def test_the_same_bytes_for_any_number_of_workers(
+    dataset: Path, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens_module, "_SMALL_BYTES", 0)
+    made = []
+    for workers in (1, 2):
+        encode_dataset(dataset, tiny("bloom"), section(num_workers=workers), tmp_path / str(workers))
+        made.append(digests(tmp_path / str(workers)))
+    assert made[0] == made[1]
+
+
+def test_every_sample_is_what_its_line_renders_to(
+    dataset: Path, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Whole where it fits; each of its answers' tokens otherwise, and cuts add up."""
+    result = encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "tokens")
+    tokens, tokenizer = Tokens.open(tmp_path / "tokens", "train"), ModelTokenizer.load(tiny("bloom"))
+    examples, chat_format = list(read_dataset(dataset, "train")), open_format("firefly", tokenizer)
+    whole = 0
+    for number in range(len(tokens)):
+        sample = tokens.sample(number)
+        example = examples[sample.origin]
+        rendered = chat_format.render(example.messages)
+        assert sample.kind == example.kind and len(sample.ids) <= 96
+        if len(rendered.ids) <= 96:
+            assert sample.ids.tolist() == rendered.ids and sample.mask.astype(bool).tolist() == rendered.mask
+            whole += 1
+        elif not example.is_plain:
+            ending = [*tokenizer.encode(example.target), tokenizer.eos_id]
+            assert sample.ids[-len(ending) :].tolist() == ending and sample.mask[-len(ending) :].all()
+    fitting = sum(len(chat_format.render(example.messages).ids) <= 96 for example in examples)
+    assert whole == fitting
+    reasons = {reason for counts in result.cuts.values() for reason in counts}
+    assert reasons >= {"turns_dropped", "input_middle_cut"}
+    assert np.all(np.diff(tokens.origins) >= 0)
+
+
+def test_a_difference_of_the_faster_encoder_is_found_and_undone(
+    dataset: Path, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks are done again from the last audited one on: not a byte of its work stays."""
+    encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "right")
+    honest, calls = FastEncoder.encode_many, []
+
+    def wrong_in_the_second_block(self: FastEncoder, texts: list[str]) -> list[list[int]]:
+        calls.append(len(texts))
+        ids = honest(self, texts)
+        if len(calls) > 1:
+            ids[3] = [5, *ids[3]]
+        return ids
+
+    monkeypatch.setattr(tokens_module, "_proved", lambda *_: True)
+    monkeypatch.setattr(FastEncoder, "encode_many", wrong_in_the_second_block)
+    warned: list[str] = []
+    monkeypatch.setattr(tokens_module, "warn", warned.append)
+    tokens_module._tools.cache_clear()
+    encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "audited")
+    tokens_module._tools.cache_clear()
+    assert len(calls) == 3 and len(warned) == 1  # two blocks by it alone, one audited; then never again
+    assert digests(tmp_path / "audited") == digests(tmp_path / "right")
+
+
+def test_the_faster_encoder_gives_the_same_bytes(
+    dataset: Path, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "fast")
+    monkeypatch.setattr(tokens_module, "_proved", lambda *_: False)
+    encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "standard")
+    assert digests(tmp_path / "fast") == digests(tmp_path / "standard")
+
+
+def test_a_damaged_line_is_named(dataset: Path, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    with (dataset / "train.jsonl").open("a") as handle:
+        handle.write('{"kind": \n')
+    with pytest.raises(InputError, match=r"train\.jsonl, line 2501: not valid JSON"):
+        encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+def order(tokens: Tokens, batch_size: int, world_size: int, batches: int, **options: Any) -> str:
+    """The hash of the sample-id sequence that all ranks together see."""
+    streams = [
+        TrainingStream(tokens, batch_size, 3, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
+    ]
+    seen = [stream.batch(number).sample_ids for number in range(batches) for stream in streams]
+    return hashlib.sha256(repr([one for batch in seen for one in batch]).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("pack_length", [None, 128])
+def test_the_order_is_the_same_for_any_number_of_ranks(
+    dataset: Path, tiny: Callable[[str], Path], tmp_path: Path, pack_length: int | None
+) -> None:
+    encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "tokens")
+    tokens = Tokens.open(tmp_path / "tokens", "validation")
+    made = {order(tokens, 8 // ranks, ranks, 20, pack_length=pack_length) for ranks in (1, 2, 4)}
+    assert len(made) == 1
+    assert made != {order(tokens, 8, 1, 21, pack_length=pack_length)}
+
+
+def test_an_epoch_of_rows_holds_every_sample_once(
+    dataset: Path, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "tokens")
+    tokens = Tokens.open(tmp_path / "tokens", "train")
+    stream = TrainingStream(tokens, 1, seed=3, pack_length=256)
+    epochs = []
+    for epoch in range(2):
+        batches = [stream.batch(epoch * stream.num_units + number) for number in range(stream.num_units)]
+        assert all(len(batch.input_ids) <= 256 for batch in batches)
+        epochs.append([number for batch in batches for number in batch.sample_ids])
+        assert sorted(epochs[-1]) == list(range(len(tokens)))
+    assert epochs[0] != epochs[1]
+    again = TrainingStream(tokens, 1, seed=3, pack_length=256)
+    assert again.batch(stream.num_units + 5).sample_ids == stream.batch(stream.num_units + 5).sample_ids
+    with pytest.raises(InputError, match=r"data\.pack_length = 50 and the longest sample has"):
+        TrainingStream(tokens, 1, seed=3, pack_length=50)

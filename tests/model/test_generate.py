@@ -138,4 +138,4 @@ def test_a_directory_without_any_eos_needs_the_tokenizers(directory: Path, tmp_p
         path.write_text(json.dumps(settings | {"eos_token_id": None}))
     with pytest.raises(ModelError, match="eos_token_id"):
         open_generator(tmp_path / "m")
-    assert open_generator(tmp_path / "m", eos_id=5).eos_ids == (5,)
+    assert open_generator(tmp_path / "m", eos_ids=(5,)).eos_ids == (5,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from firefly import api
+from firefly.app.chat import Conversation
+from firefly.data.example import Message
 from firefly.data.loader import TrainingStream
 from firefly.data.tokens import Tokens
 from firefly.errors import CheckpointError, ModelError, TrainingError
@@ -243,3 +247,64 @@ def test_run_directory_tells_the_story(recipe: Callable[..., Recipe]) -> None:
     assert [row["step"] for row in validated] == [4, 8]
     assert set(result["validation"]) == {"Couplet", "Dictionary", "all"}
     assert [path.name for path in sorted(run.glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_packed_rows_train_on_the_same_losses(
+    recipe: Callable[..., Recipe], tiny: Callable[[str], Path]
+) -> None:
+    """With data.pack_length a batch counts rows; a row's loss is that of its samples, each run alone."""
+    made = recipe(max_steps=3, per_device_train_batch_size=2, learning_rate=1e-9, warmup_steps=0)
+    made = made.model_copy(update={"data": made.data.model_copy(update={"pack_length": 128})})
+    api.train(made)
+    tokens = Tokens.open(made.out / "tokens", "train")
+    stream = TrainingStream(tokens, 2, made.train.seed, pack_length=128)
+    model = AutoModelForCausalLM.from_pretrained(tiny("bloom")).eval()
+    expected = []
+    for step in range(3):
+        batch = stream.batch(step)
+        assert 128 < len(batch.input_ids) <= 256 and len(batch.sample_ids) > 2
+        total, count = 0.0, 0
+        for number in batch.sample_ids:
+            sample = tokens.sample(number)
+            ids = torch.from_numpy(sample.ids.astype("int64"))
+            labels = torch.where(torch.from_numpy(sample.mask.astype(bool)), ids, -100)[1:]
+            with torch.no_grad():
+                total += float(F.cross_entropy(model(ids[None]).logits[0, :-1], labels, reduction="sum"))
+            count += int((labels != -100).sum())
+        expected.append(total / count)
+    assert [row["loss"] for row in rows(made.out)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_model_directory_says_how_to_talk_to_it(
+    recipe: Callable[..., Recipe], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Trained on ChatML: its template stands there, alone, and <|im_end|> ends an answer."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny("bloom"), base)
+    rust = Tokenizer.from_file(str(base / "tokenizer.json"))
+    for old, new in (("<unk>", "<|im_start|>"), ("<pad>", "<|im_end|>")):
+        text = rust.to_str().replace(json.dumps(old), json.dumps(new))
+        rust = Tokenizer.from_str(text)
+    rust.save(str(base / "tokenizer.json"))
+    settings = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": "{{ 'another' }}"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    made = recipe(max_steps=2, save_steps=2)
+    made = made.model_copy(
+        update={
+            "model": made.model.model_copy(update={"base": str(base)}),
+            "data": made.data.model_copy(update={"chat_format": "chatml"}),
+        }
+    )
+    api.train(made)
+    out = made.out / "model"
+    end = rust.token_to_id("<|im_end|>")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [end, 2]
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+    theirs = AutoTokenizer.from_pretrained(out)
+    conversation = Conversation(out, made.generation)
+    prompt = conversation._fit(Message("user", "你好"))
+    expected = theirs.apply_chat_template(
+        [{"role": "user", "content": "你好"}], add_generation_prompt=True, return_dict=False
+    )
+    assert prompt == expected and prompt[0] == rust.token_to_id("<|im_start|>")
+    assert set(conversation.generator.eos_ids) == {end, 2}

@@ -1,6 +1,6 @@
 """A conversation in the terminal: `chat` answers one prompt, or line after line until /exit.
 
-One turn: history and message → `chatformat.render` → token ids → `Generator.stream` → `StreamDecoder` → screen.
+One turn: history and message → the model's own chat format → token ids → `Generator.stream` → `StreamDecoder` → screen.
 Answers alone go to stdout, every word about the session to stderr, so that a pipe carries answers:
 
     printf '你好\\n/exit\\n' | firefly chat out/demo > answers.txt
@@ -22,7 +22,7 @@ from typing import Literal, TextIO
 import torch
 
 from firefly.console import say
-from firefly.data.chatformat import render
+from firefly.data.chatformat import format_of
 from firefly.data.example import Message
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.errors import FireflyError, InputError, ModelError, choices
@@ -132,7 +132,8 @@ class Conversation:
     def __init__(self, directory: Path, options: GenerationSection, device: str | None = None) -> None:
         self.tokenizer = ModelTokenizer.load(directory)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.generator = open_generator(directory, device, self.tokenizer.eos_id)
+        self.chat_format = format_of(self.tokenizer)
+        self.generator = open_generator(directory, device, self.chat_format.stop_ids)
         self.options = options
         self.context_tokens = context_tokens(directory)
         self.system = ""
@@ -179,7 +180,7 @@ class Conversation:
         dropped = 0
         while True:
             system = [Message("system", self.system)] if self.system else []
-            ids = render([*system, *self.turns[2 * dropped :], message], self.tokenizer).ids
+            ids = self.chat_format.render([*system, *self.turns[2 * dropped :], message]).ids
             if len(ids) + reserve <= self.context_tokens or 2 * dropped == len(self.turns):
                 break
             dropped += 1

@@ -37,8 +37,10 @@ from firefly.train.loop import HARMLESS, train
 
 StageName = Literal["dataset", "prune", "tokens", "train", "evaluate"]
 STAGES: tuple[StageName, ...] = ("dataset", "prune", "tokens", "train", "evaluate")
-_OF_TOKENS = {"max_seq_length", "overlong", "allow_lost_targets", "chat_format"}  # what encoding looks at
-_HARMLESS_DATA = {"engine", "num_workers"}  # the same bytes either way
+_OF_TOKENS = {"max_seq_length", "overlong", "allow_lost_targets", "chat_format"}
+"""Options of the data section that the tokens stage depends on, and the dataset stage does not."""
+_HARMLESS_DATA = {"engine", "num_workers"}
+"""Options of the data section that change no result."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ class _Line:
         section = self.recipe.train.model_dump()
         depends = [
             section,
+            self.recipe.data.pack_length,
             self.marks["tokens"],
             self.marks.get("prune") or [_identity(p) for p in _files_of(base)],
         ]

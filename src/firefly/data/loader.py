@@ -1,20 +1,25 @@
-"""Batches of samples, packed: all samples of a batch lie in one row, end to end, without padding.
+"""Batches of samples, packed: all samples of a batch lie end to end, without padding.
 
-The order is a function of seed and position alone: sample k of the endless stream is entry k mod N of the
-shuffle of epoch k div N. So a resumed run needs to know only how many samples it has seen, and packing changes
-neither the order nor which samples share a batch. Yields NumPy; the model side makes tensors of it.
+    stream = TrainingStream(tokens, batch_size, seed)                     # a batch counts samples
+    stream = TrainingStream(tokens, batch_size, seed, pack_length=2048)   # a batch counts rows of best-fit samples
+    stream.batch(n)                                                       # any batch, at once
+
+The order is a function of seed and position alone: unit k (a sample or a row) of the endless stream is entry k mod N
+of the shuffle of epoch k div N; rows are packed anew each epoch. So a resumed run needs to know only how many batches
+it has seen, and `world_size` ranks take their shares of the same global batches. Yields NumPy; the model side makes
+tensors of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from firefly.data.pack import Rows, pack_rows
 from firefly.data.tokens import Tokens
 
 
@@ -57,30 +62,54 @@ def pack(samples: Sequence[tuple[NDArray[Any], NDArray[Any]]], sample_ids: Seque
 
 
 class TrainingStream:
-    """The endless, shuffled stream of training batches over `tokens`."""
+    """The endless, shuffled stream of one rank's training batches over `tokens`.
 
-    def __init__(self, tokens: Tokens, batch_size: int, seed: int, learn_everything: bool = False) -> None:
-        self.tokens, self.batch_size, self.seed, self.learn_everything = (
-            tokens,
-            batch_size,
-            seed,
-            learn_everything,
-        )
+    Global batch n is units n · B … (n + 1) · B - 1 for B = batch_size · world_size; rank r takes the r-th share.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        batch_size: int,
+        seed: int,
+        learn_everything: bool = False,
+        pack_length: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Raises `InputError` when a sample is longer than `pack_length`."""
+        assert 0 <= rank < world_size
+        self.tokens, self.batch_size, self.seed = tokens, batch_size, seed
+        self.learn_everything, self.pack_length = learn_everything, pack_length
+        self.rank, self.world_size = rank, world_size
+        self._epoch: tuple[int, NDArray[np.int64], Rows | None] = (-1, np.zeros(0, np.int64), None)
+        rows = self._units(0)[1]
+        self.num_units = len(tokens) if rows is None else len(rows)
+        self.efficiency = 1.0 if rows is None else rows.efficiency
 
     def batch(self, number: int) -> Batch:
         """Batch `number`, counted from 0 over the whole run."""
-        first = number * self.batch_size
-        ids = [self._sample_at(position) for position in range(first, first + self.batch_size)]
+        first = (number * self.world_size + self.rank) * self.batch_size
+        ids = [one for place in range(first, first + self.batch_size) for one in self._samples_at(place)]
         return make_batch(self.tokens, ids, self.learn_everything)
 
-    def _sample_at(self, position: int) -> int:
-        epoch, entry = divmod(position, len(self.tokens))
-        return int(_shuffle(self.seed, epoch, len(self.tokens))[entry])
+    def _samples_at(self, position: int) -> list[int]:
+        epoch, entry = divmod(position, self.num_units)
+        order, rows = self._units(epoch)
+        unit = int(order[entry])
+        return [unit] if rows is None else rows.row(unit).tolist()
 
-
-@lru_cache(maxsize=2)
-def _shuffle(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(size)
+    def _units(self, epoch: int) -> tuple[NDArray[np.int64], Rows | None]:
+        """The order of an epoch's units, and what the rows hold where units are rows."""
+        if self._epoch[0] != epoch:
+            rows = None
+            if self.pack_length is not None:
+                rows = pack_rows(np.diff(self.tokens.borders), self.pack_length, (self.seed, epoch, 1))
+            order = np.random.default_rng([self.seed, epoch]).permutation(
+                len(self.tokens) if rows is None else len(rows)
+            )
+            self._epoch = (epoch, order, rows)
+        return self._epoch[1:]
 
 
 def make_batch(tokens: Tokens, sample_ids: Sequence[int], learn_everything: bool = False) -> Batch:

@@ -44,6 +44,9 @@ class ModelTokenizer:
         rust.encode_special_tokens = True
         rust.no_truncation()
         rust.no_padding()
+        if getattr(rust.pre_tokenizer, "prepend_scheme", None) == "first":
+            # Texts are encoded one by one here, and none stands first: a special token goes before it.
+            rust.pre_tokenizer.prepend_scheme = "never"
         eos = _named_token(directory, "eos_token")
         if eos is None:
             raise ModelError(
@@ -79,21 +82,60 @@ class ModelTokenizer:
         """`encode` for many texts at once, on all cores."""
         return [list(item.ids) for item in self.rust.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Token ids of a rendered text, in which the names of special tokens mean the tokens."""
+        self.rust.encode_special_tokens = False
+        try:
+            return list(self.rust.encode(text, add_special_tokens=False).ids)
+        finally:
+            self.rust.encode_special_tokens = True
+
     def decode(self, ids: list[int]) -> str:
         """The text of token ids; special tokens are left out."""
         return str(self.rust.decode(ids, skip_special_tokens=True))
+
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens that stand outside the vocabulary proper, special ones among them, with their ids."""
+        return {token.content: number for number, token in self.rust.get_added_tokens_decoder().items()}
+
+    def special_names(self) -> list[str]:
+        """The names of the special tokens, which `encode` leaves alone."""
+        return [token.content for token in self.rust.get_added_tokens_decoder().values() if token.special]
+
+    def chat_template(self) -> str | None:
+        """The Jinja template of the tokenizer's directory: chat_template.jinja, else the configuration's."""
+        path = self.path.with_name("chat_template.jinja")
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        found = _settings(self.path.with_name("tokenizer_config.json")).get("chat_template")
+        if isinstance(found, list):  # several by name
+            found = {one.get("name"): one.get("template") for one in found}.get("default")
+        return found if isinstance(found, str) else None
+
+    def named_tokens(self) -> dict[str, str]:
+        """What transformers lets a chat template call bos_token, eos_token and the like."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+        found = {name: _named_token(self.path.parent, name) for name in names}
+        return {name: token for name, token in found.items() if token is not None}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A JSON file's object, empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} does not hold a JSON object; fetch it again.")
+    return found
 
 
 def _named_token(directory: Path, name: str) -> str | None:
     """A special token's text from tokenizer_config.json or special_tokens_map.json."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = directory / file
-        if not path.is_file():
-            continue
-        try:
-            value = json.loads(path.read_text(encoding="utf-8")).get(name)
-        except (ValueError, AttributeError) as error:
-            raise ModelError(f"{path} is not a JSON object ({error}); fetch it again.") from error
+        value = _settings(directory / file).get(name)
         if isinstance(value, dict):
             value = value.get("content")
         if isinstance(value, str):

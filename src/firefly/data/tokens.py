@@ -8,16 +8,22 @@
     SPLIT/origins.npy   int64 [N]: line of the dataset's SPLIT.jsonl, counted from 0
     index.json          counts, cuts by kind and reason, the tokenizer's hash, every file's hash
 
-Opening it with another tokenizer is an error, not a surprise. A plain text longer than `max_seq_length` becomes
-several samples and loses nothing; a conversation is cut or dropped as the recipe says, and counted.
+Lines are rendered, encoded, masked and cut in blocks by worker processes and appended in order, so the bytes are the
+same for any number of workers, and memory does not grow with the dataset. The faster encoder works only after its
+proof; every 100th block and the last one of a split are encoded by the standard one too, and after a difference
+everything since the last such block is done again without it.
+
+Opening a directory with another tokenizer is an error, not a surprise.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,18 +31,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from firefly.console import progress
-from firefly.data.chatformat import Rendered, render_many
-from firefly.data.dataset import read_dataset
+from firefly.console import progress, say, warn
+from firefly.data.chatformat import ChatFormat, Encode, Rendered, RenderedBlock, open_format
+from firefly.data.dataset import FILES
+from firefly.data.encoder import FastEncoder, disagreement
+from firefly.data.engine import ordered_map
 from firefly.data.example import Example
+from firefly.data.overlong import fit
 from firefly.data.stats import length_chart
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.errors import InputError, ModelError
-from firefly.files import directory_atomic, locate, sha256_file, write_json
+from firefly.files import directory_atomic, locate, read_lines, sha256_file, write_json
 from firefly.recipe import DataSection
 
 SPLITS = ("train", "validation")
-_BATCH = 1000
+_BLOCK_RECORDS, _BLOCK_CHARACTERS = 1000, 1 << 20
+_AUDIT_EVERY = 100  # blocks
+_SMALL_BYTES = 4 << 20  # a smaller dataset is encoded before worker processes would have started
 
 
 @dataclass(frozen=True)
@@ -126,48 +137,47 @@ class Tokens:
 def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> TokensResult:
     """Render and encode every example of a dataset directory with the tokenizer of `model`.
 
-    Raises `InputError` when a sample is too long and the recipe does not say what to do.
+    Raises `InputError` for a damaged line, or when a sample is too long and the recipe does not say what to do.
     """
-    tokenizer = ModelTokenizer.load(locate(str(model)))
+    model = locate(str(model))
+    tokenizer = ModelTokenizer.load(model)
+    chat_format = open_format(data.chat_format, tokenizer)
+    dtype = np.dtype(np.uint16 if tokenizer.highest_id < 1 << 16 else np.uint32)
+    fast = _proved(tokenizer, dataset / FILES["train"])
+    kinds: dict[str, int] = {}
     with directory_atomic(out) as place:
-        kinds: dict[str, int] = {}
-        cuts: Counter[tuple[str, str]] = Counter()
-        dtype = np.dtype(np.uint16 if tokenizer.highest_id < 1 << 16 else np.uint32)
-        totals: dict[str, dict[str, int]] = {"samples": {}, "tokens": {}, "target_tokens": {}}
-        lengths: list[int] = []
+        writers = {}
         for split in SPLITS:
-            writer = _SplitWriter(place / split, dtype)
-            with progress(f"encode {split}", None, "examples") as bar:
-                for batch in _batches(dataset, split):
-                    rendered = render_many([example.messages for _, example in batch], tokenizer)
-                    for (origin, example), whole in zip(batch, rendered, strict=True):
-                        kind = kinds.setdefault(example.kind, len(kinds))
-                        for part, reason in _fit(example, whole, data):
-                            if reason:
-                                cuts[example.kind, reason] += 1
-                            if part is not None:
-                                writer.add(
-                                    part, kind, _learned_bytes(example, part, whole, tokenizer), origin
-                                )
-                    bar.advance(len(batch))
-            writer.close()
-            totals["samples"][split] = len(writer.kinds)
-            totals["tokens"][split] = writer.borders[-1]
-            totals["target_tokens"][split] = writer.num_targets
-            lengths += np.diff(writer.borders).tolist()
-        if totals["samples"]["train"] == 0:
+            path = dataset / FILES[split]
+            if not path.is_file():
+                raise InputError(f"{path} does not exist; run `firefly data` first.")
+            writers[split] = _SplitWriter(place / split, dtype, kinds, data.max_seq_length)
+            job = _Job(model, tokenizer.sha256, path, data, dtype.name, path.stat().st_size < _SMALL_BYTES)
+            fast = _encode_split(job, writers[split], fast, f"encode {split}")
+        if writers["train"].counts["samples"] == 0:
             raise InputError(f"{dataset} leaves no training sample of at most {data.max_seq_length} tokens.")
+        cuts = sum((writer.cuts for writer in writers.values()), Counter())
         by_kind: dict[str, dict[str, int]] = {}
-        for (kind_name, reason), count in sorted(cuts.items()):
-            by_kind.setdefault(kind_name, {})[reason] = count
-        result = TokensResult(str(out), **totals, longest_tokens=max(lengths), cuts=by_kind)
-        length_chart(place / "lengths.png", np.asarray(lengths), "token")
+        for (kind, reason), count in sorted(cuts.items()):
+            by_kind.setdefault(kind, {})[reason] = count
+        histogram = np.sum([writer.histogram for writer in writers.values()], axis=0)
+        totals = {
+            name: {split: writer.counts[name] for split, writer in writers.items()}
+            for name in ("samples", "tokens", "target_tokens")
+        }
+        result = TokensResult(
+            str(out), **totals, longest_tokens=int(np.flatnonzero(histogram)[-1]), cuts=by_kind
+        )
+        lengths = np.repeat(np.arange(len(histogram), dtype=np.uint32), histogram)
+        length_chart(place / "lengths.png", lengths, "token")
         index = asdict(result)
         del index["output"]
         index |= {
             "kinds": list(kinds),
             "dtype": dtype.name,
             "max_seq_length": data.max_seq_length,
+            "chat_format": data.chat_format,
+            "stop_ids": list(chat_format.stop_ids),
             "tokenizer_sha256": tokenizer.sha256,
             "sha256": {
                 path.relative_to(place).as_posix(): sha256_file(path)
@@ -176,76 +186,319 @@ def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> 
             },
         }
         write_json(place / "index.json", index)
+    _tell(by_kind)
     return result
 
 
-class _SplitWriter:
-    """Streams samples to disk; only one number a sample stays in memory."""
+def _tell(cuts: dict[str, dict[str, int]]) -> None:
+    """Print what was cut, a line a kind and a column a reason."""
+    if not cuts:
+        return
+    reasons = sorted({reason for counts in cuts.values() for reason in counts})
+    width = max(map(len, [*cuts, "kind"]))
+    say(f"encode: samples longer than data.max_seq_length\n  {'kind':<{width}}  {'  '.join(reasons)}")
+    for kind, counts in cuts.items():
+        cells = (f"{counts.get(reason, 0):>{len(reason)},}" for reason in reasons)
+        say(f"  {kind:<{width}}  {'  '.join(cells)}")
 
-    def __init__(self, place: Path, dtype: np.dtype[Any]) -> None:
-        place.mkdir()
-        self.place, self.dtype = place, dtype
-        self.tokens, self.mask = (place / "tokens.bin").open("wb"), (place / "mask.bin").open("wb")
-        self.borders, self.num_targets = [0], 0
-        self.kinds: list[int] = []
-        self.bytes: list[int] = []
-        self.origins: list[int] = []
 
-    def add(self, sample: Rendered, kind: int, num_bytes: int, origin: int) -> None:
-        self.tokens.write(np.asarray(sample.ids, self.dtype).tobytes())
-        self.mask.write(np.asarray(sample.mask, np.uint8).tobytes())
-        self.borders.append(self.borders[-1] + len(sample.ids))
-        self.num_targets += sum(sample.mask)
-        self.kinds.append(kind)
-        self.bytes.append(num_bytes)
-        self.origins.append(origin)
+@dataclass(frozen=True)
+class _Job:
+    """What a worker must know; it travels with every block."""
+
+    model: Path
+    tokenizer_sha256: str
+    path: Path
+    data: DataSection
+    dtype: str
+    small: bool
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Lines of the dataset, with their numbers in the file (from 1); `first` is the first one's place."""
+
+    first: int
+    lines: list[tuple[int, str]]
+    audit: bool
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The samples of one block. `names` are its kinds; `agreed`: an audit found no difference."""
+
+    ids: NDArray[Any]
+    mask: NDArray[np.uint8]
+    lengths: NDArray[np.int64]
+    kinds: NDArray[np.int64]
+    names: list[str]
+    target_bytes: NDArray[np.int64]
+    origins: NDArray[np.int64]
+    cuts: Counter[tuple[str, str]]
+    num_examples: int
+    audit: bool
+    agreed: bool
+
+
+def _encode_split(job: _Job, writer: _SplitWriter, fast: bool, label: str) -> bool:
+    """Encode one file into `writer`; returns whether the faster encoder may go on."""
+    workers = 1 if job.small else job.data.num_workers
+    mark, done = writer.mark(), 0  # everything up to here is sure
+    with progress(label, None, "examples") as bar:
+        while True:
+            work = partial(_encode_block, job, fast)
+            blocks = islice(_blocks(job.path), done, None)
+            number = done
+            for block in ordered_map(work, blocks, engine=job.data.engine, num_workers=workers):
+                number += 1
+                if not block.agreed:
+                    break
+                writer.add(block)
+                bar.advance(block.num_examples)
+                if block.audit:
+                    mark, done = writer.mark(), number
+            else:
+                writer.close()
+                return fast
+            warn(
+                f"{job.path}: the faster encoder and the standard one differ; what only the faster one has encoded "
+                "is done again, and the standard one goes on"
+            )
+            writer.rewind(mark)
+            fast = False
+
+
+def _proved(tokenizer: ModelTokenizer, path: Path) -> bool:
+    """Whether the faster encoder gives the standard one's tokens for a sample of the file and for hard texts."""
+    reason = disagreement(tokenizer, _sample(path))
+    if reason is not None:
+        say(f"encode: the standard encoder does the work; the faster one did not pass its proof: {reason}")
+    return reason is None
+
+
+def _sample(path: Path, places: int = 16, lines: int = 32) -> list[str]:
+    """Texts from all over a dataset file."""
+    texts: list[str] = []
+    if not path.is_file():
+        return texts
+    with path.open("rb") as handle:
+        for place in range(places):
+            handle.seek(path.stat().st_size * place // places)
+            if place:
+                handle.readline(_BLOCK_CHARACTERS)
+            for line in (handle.readline(_BLOCK_CHARACTERS) for _ in range(lines)):
+                try:
+                    example = Example.from_record(json.loads(line), path, 0)
+                except (ValueError, AttributeError, RecursionError):  # the encoding itself tells of bad lines
+                    continue
+                texts += [message.content for message in example.messages]
+    return texts
+
+
+def _blocks(path: Path) -> Iterator[_Lines]:
+    """The lines of a dataset file in blocks; every `_AUDIT_EVERY`th and the last are to be audited."""
+    if path.stat().st_size == 0:  # nothing was held out
+        return
+    number, first, size = 0, 0, 0
+    waiting: list[tuple[int, str]] = []
+    for line in ((number, line) for number, line in read_lines(path) if line.strip()):
+        if len(waiting) == _BLOCK_RECORDS or size > _BLOCK_CHARACTERS:
+            number += 1
+            yield _Lines(first, waiting, number % _AUDIT_EVERY == 0)
+            first, waiting, size = first + len(waiting), [], 0
+        waiting.append(line)
+        size += len(line[1])
+    if waiting:
+        yield _Lines(first, waiting, True)
+
+
+def _encode_block(job: _Job, fast: bool, block: _Lines) -> _Encoded:
+    """Lines → examples → rendered, encoded, masked, cut; in a worker process."""
+    if not job.small:  # every core has a worker already
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    chat_format, quick = _tools(job.model, job.tokenizer_sha256, job.data.chat_format, fast)
+    examples = [_example(line, number, job.path) for number, line in block.lines]
+    rendered = _render(examples, chat_format, None if block.audit else quick)
+    agreed = True
+    if fast and block.audit:
+        again = _render(examples, chat_format, quick)
+        agreed = bool(
+            np.array_equal(again.borders, rendered.borders) and np.array_equal(again.ids, rendered.ids)
+        )
+    return _cut(examples, rendered, chat_format, job, block, agreed)
+
+
+@lru_cache(maxsize=2)
+def _tools(model: Path, _sha256: str, chat_format: str, fast: bool) -> tuple[ChatFormat, Encode | None]:
+    """What a worker loads once; the hash is there so that another tokenizer in the same place is another one."""
+    tokenizer = ModelTokenizer.load(model)
+    return open_format(chat_format, tokenizer), FastEncoder(tokenizer).encode_many if fast else None
+
+
+def _example(line: str, number: int, path: Path) -> Example:
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}, line {number}: not valid JSON ({error}); run `firefly data` again."
+        ) from error
+    return Example.from_record(record, path, number)
+
+
+def _render(examples: list[Example], chat_format: ChatFormat, encode: Encode | None) -> RenderedBlock:
+    conversations = [example.messages for example in examples]
+    try:
+        return chat_format.render_many(conversations, encode)
+    except InputError:
+        for example in examples:  # which one was it?
+            try:
+                chat_format.render(example.messages)
+            except InputError as error:
+                raise InputError(f"{example.source} ({example.kind}): {error}") from error
+        raise
+
+
+def _cut(
+    examples: list[Example],
+    rendered: RenderedBlock,
+    chat_format: ChatFormat,
+    job: _Job,
+    block: _Lines,
+    agreed: bool,
+) -> _Encoded:
+    """Cut what is too long; most blocks have nothing of the kind and stay as they are."""
+    ids, mask, lengths = rendered.ids, rendered.mask, np.diff(rendered.borders)
+    origins = np.arange(block.first, block.first + len(examples))
+    target_bytes = rendered.answer_bytes
+    cuts: Counter[tuple[str, str]] = Counter()
+    overlong = np.flatnonzero(lengths > job.data.max_seq_length).tolist()
+    if overlong:
+        pieces: list[NDArray[Any]] = []  # ids, mask, ids, mask …
+        rows: list[tuple[int, int, int]] = []  # length, bytes, place in the block
+        done = 0
+        for place in [*overlong, len(examples)]:
+            span = slice(rendered.borders[done], rendered.borders[place])
+            pieces += [ids[span], mask[span]]
+            rows += zip(
+                lengths[done:place].tolist(),
+                target_bytes[done:place].tolist(),
+                range(done, place),
+                strict=True,
+            )
+            if place < len(examples):
+                start, end = rendered.borders[place : place + 2]
+                whole = Rendered(ids[start:end].tolist(), mask[start:end].astype(bool).tolist())
+                for part in fit(examples[place], whole, chat_format, job.data):
+                    cuts.update((examples[place].kind, reason) for reason in part.reasons)
+                    if part.sample is not None:
+                        pieces += [
+                            np.asarray(part.sample.ids, np.uint32),
+                            np.asarray(part.sample.mask, np.uint8),
+                        ]
+                        rows.append((len(part.sample.ids), part.target_bytes, place))
+            done = place + 1
+        ids, mask = np.concatenate(pieces[0::2]), np.concatenate(pieces[1::2])
+        table = np.asarray(rows, np.int64).reshape(-1, 3)
+        lengths, target_bytes, origins = table[:, 0], table[:, 1], table[:, 2] + block.first
+    names = {name: number for number, name in enumerate(dict.fromkeys(one.kind for one in examples))}
+    kinds = np.asarray([names[one.kind] for one in examples], np.int64)[origins - block.first]
+    return _Encoded(
+        ids.astype(job.dtype),
+        mask,
+        lengths,
+        kinds,
+        list(names),
+        target_bytes,
+        origins,
+        cuts,
+        len(examples),
+        block.audit,
+        agreed,
+    )
+
+
+class _Column:
+    """A one-dimensional .npy file that grows by appending, and that can be taken back to an earlier length."""
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self.file, self.dtype, self.length = path.open("w+b"), np.dtype(dtype), 0
+        self._write_header()
+        self.start = self.file.tell()
+
+    def append(self, values: NDArray[Any]) -> None:
+        self.file.write(values.astype(self.dtype).tobytes())
+        self.length += len(values)
+
+    def rewind(self, length: int) -> None:
+        self.length = length
+        self.file.seek(self.start + length * self.dtype.itemsize)
+        self.file.truncate()
 
     def close(self) -> None:
+        self.file.seek(0)
+        self._write_header()
+        assert self.file.tell() == self.start, "a header of another length"
+        self.file.close()
+
+    def _write_header(self) -> None:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.length,),
+        }
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+class _SplitWriter:
+    """Streams the samples of one split to disk; `kinds` is shared by the splits. Nothing grows in memory."""
+
+    def __init__(self, place: Path, dtype: np.dtype[Any], kinds: dict[str, int], longest: int) -> None:
+        place.mkdir()
+        self.kinds = kinds
+        self.tokens, self.mask = (place / "tokens.bin").open("wb"), (place / "mask.bin").open("wb")
+        self.columns = {
+            name: _Column(place / f"{name}.npy", kind)
+            for name, kind in (("borders", "i8"), ("kinds", "u2"), ("bytes", "i8"), ("origins", "i8"))
+        }
+        self.columns["borders"].append(np.zeros(1, np.int64))
+        self.dtype, self.histogram = dtype, np.zeros(longest + 1, np.int64)
+        self.counts: Counter[str] = Counter()
+        self.cuts: Counter[tuple[str, str]] = Counter()
+
+    def add(self, block: _Encoded) -> None:
+        """Append the samples of one block."""
+        self.tokens.write(block.ids.tobytes())
+        self.mask.write(block.mask.tobytes())
+        numbers = np.asarray([self.kinds.setdefault(name, len(self.kinds)) for name in block.names], np.int64)
+        self.columns["borders"].append(self.counts["tokens"] + np.cumsum(block.lengths))
+        self.columns["kinds"].append(numbers[block.kinds])
+        self.columns["bytes"].append(block.target_bytes)
+        self.columns["origins"].append(block.origins)
+        self.counts["samples"] += len(block.lengths)
+        self.counts["tokens"] += len(block.ids)
+        self.counts["target_tokens"] += int(np.count_nonzero(block.mask))
+        self.histogram += np.bincount(block.lengths, minlength=len(self.histogram))
+        self.cuts += block.cuts
+
+    def mark(self) -> tuple[Counter[str], Counter[tuple[str, str]], NDArray[np.int64]]:
+        """Where the writer stands, to come back to."""
+        return self.counts.copy(), self.cuts.copy(), self.histogram.copy()
+
+    def rewind(self, mark: tuple[Counter[str], Counter[tuple[str, str]], NDArray[np.int64]]) -> None:
+        """Take back everything that was added since `mark`."""
+        self.counts, self.cuts, self.histogram = mark[0].copy(), mark[1].copy(), mark[2].copy()
+        self.tokens.seek(self.counts["tokens"] * self.dtype.itemsize)
+        self.tokens.truncate()
+        self.mask.seek(self.counts["tokens"])
+        self.mask.truncate()
+        for name, column in self.columns.items():
+            column.rewind(self.counts["samples"] + (name == "borders"))
+
+    def close(self) -> None:
+        """Finish the files."""
         self.tokens.close()
         self.mask.close()
-        np.save(self.place / "borders.npy", np.asarray(self.borders, np.int64))
-        np.save(self.place / "kinds.npy", np.asarray(self.kinds, np.uint16))
-        np.save(self.place / "bytes.npy", np.asarray(self.bytes, np.int64))
-        np.save(self.place / "origins.npy", np.asarray(self.origins, np.int64))
-
-
-def _batches(dataset: Path, split: str) -> Iterator[list[tuple[int, Example]]]:
-    examples = enumerate(read_dataset(dataset, split))
-    while batch := list(islice(examples, _BATCH)):
-        yield batch
-
-
-def _fit(example: Example, whole: Rendered, data: DataSection) -> Iterator[tuple[Rendered | None, str]]:
-    """The samples that one rendered example becomes, each with the reason if something was cut."""
-    limit = data.max_seq_length
-    if len(whole.ids) <= limit:
-        yield whole, ""
-    elif example.is_plain:
-        # Windows overlap by one token: the last of one is the first of the next, where it is not learned again.
-        for start in range(0, len(whole.ids) - 1, limit - 1):
-            window = slice(start, start + limit)
-            yield Rendered(whole.ids[window], [False, *whole.mask[window][1:]]), ""
-    elif data.overlong == "error":
-        raise InputError(
-            f"{example.source} ({example.kind}) has {len(whole.ids)} tokens and max_seq_length is {limit}; "
-            "raise data.max_seq_length, or set data.overlong to 'right-of-target' or 'drop'."
-        )
-    elif data.overlong == "drop":
-        yield None, "overlong_dropped"
-    elif not any(whole.mask[:limit]):
-        if not data.allow_lost_targets:
-            raise InputError(
-                f"{example.source} ({example.kind}): the input alone fills max_seq_length = {limit}, so its target "
-                "would be cut entirely; raise data.max_seq_length, or set data.allow_lost_targets = true to drop it."
-            )
-        yield None, "target_lost"
-    else:
-        yield Rendered(whole.ids[:limit], whole.mask[:limit]), "truncated"
-
-
-def _learned_bytes(example: Example, part: Rendered, whole: Rendered, tokenizer: ModelTokenizer) -> int:
-    """UTF-8 bytes of the text under the loss mask; exact for a sample that was not cut."""
-    if part is whole:
-        return sum(len(m.content.encode("utf-8")) for m in example.messages if m.role == "assistant")
-    learned = [token for token, learn in zip(part.ids, part.mask, strict=True) if learn]
-    return len(tokenizer.decode(learned).encode("utf-8"))
+        for column in self.columns.values():
+            column.close()

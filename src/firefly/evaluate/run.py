@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from firefly.console import progress, say
-from firefly.data.chatformat import render
+from firefly.data.chatformat import open_format
 from firefly.data.dataset import read_dataset
 from firefly.data.example import Example
 from firefly.data.loader import Batch, in_order
@@ -50,7 +50,13 @@ def evaluate(
     for name, path in models.items():
         held_out[name] = held_out_scores(path, tokens, device, bf16, f"score {name}")
         answers[name] = answer_held_out(
-            path, examples, recipe.generation, recipe.evaluate, device, f"answer {name}"
+            path,
+            examples,
+            recipe.generation,
+            recipe.evaluate,
+            device,
+            f"answer {name}",
+            recipe.data.chat_format,
         )
     samples = []
     for kind, group in examples.items():
@@ -112,8 +118,9 @@ def answer_held_out(
     section: EvaluateSection,
     device: torch.device | str = "cpu",
     label: str = "answer",
+    chat_format: str = "firefly",
 ) -> dict[str, list[str]]:
-    """A model's answers to examples, by kind and in their order.
+    """A model's answers to examples, asked in `chat_format`, by kind and in their order.
 
     An answer has at most twice the tokens of the kind's longest reference, and never more than
     `generation.max_new_tokens`.
@@ -121,7 +128,8 @@ def answer_held_out(
     if not examples:
         return {}
     tokenizer = ModelTokenizer.load(model_dir)
-    generator = open_generator(model_dir, device, tokenizer.eos_id)
+    asked = open_format(chat_format, tokenizer)
+    generator = open_generator(model_dir, device, asked.stop_ids)
     answers: dict[str, list[str]] = {}
     with progress(label, sum(map(len, examples.values())), "prompts") as bar:
         for kind, group in examples.items():
@@ -130,7 +138,7 @@ def answer_held_out(
             texts = answers.setdefault(kind, [])
             for start in range(0, len(group), section.batch_size):
                 batch = group[start : start + section.batch_size]
-                prompts = [render(example.messages[:-1], tokenizer).ids for example in batch]
+                prompts = [asked.render(example.messages[:-1]).ids for example in batch]
                 texts += map(tokenizer.decode, generator.answer(prompts, generation, limit))
                 bar.advance(len(batch), kind)
     return answers

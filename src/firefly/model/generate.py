@@ -1,6 +1,6 @@
 """Answers from a model directory, through plain transformers: many prompts at once, or one token by token.
 
-    generator = open_generator(directory, device, tokenizer.eos_id)
+    generator = open_generator(directory, device, chat_format.stop_ids)
     generator.answer(prompts, options)                           # batch of prompts → batch of answers
     generator.stream(prompt, options, on_token, should_stop)     # one prompt; each token as it comes
 
@@ -117,11 +117,11 @@ class _Watch:
 
 
 def open_generator(
-    directory: Path, device: torch.device | str = "cpu", eos_id: int | None = None
+    directory: Path, device: torch.device | str = "cpu", eos_ids: Sequence[int] = ()
 ) -> Generator:
     """Open a model directory for generation: float32 on the CPU, bf16 on CUDA.
 
-    `eos_id`, the tokenizer's, ends an answer beside those that the directory's configuration names.
+    `eos_ids`, the chat format's, end an answer beside those that the directory's configuration names.
     Raises `ModelError` for missing or damaged weights, an unknown architecture, or no end-of-text token at all.
     """
     from safetensors import SafetensorError
@@ -148,8 +148,8 @@ def open_generator(
             f"{directory} lacks the tensor {missing[0]} ({len(missing)} in all); fetch it again."
         )
     named = model.generation_config.eos_token_id
-    eos_ids = dict.fromkeys([eos_id, *(named if isinstance(named, list) else [named])])
-    found = tuple(number for number in eos_ids if number is not None)
+    ends = dict.fromkeys([*eos_ids, *(named if isinstance(named, list) else [named])])
+    found = tuple(number for number in ends if number is not None)
     if not found:
         raise ModelError(
             f"{directory} names no eos_token_id in config.json, so an answer could never end; add one."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,15 @@ def state_to_save(model: CausalModel) -> dict[str, Tensor]:
     return state
 
 
-def save_model(model: CausalModel, base: Path, out: Path, chat_template: str, dtype: torch.dtype) -> None:
-    """Write a model directory that plain transformers opens, atomically.
+def save_model(
+    model: CausalModel,
+    base: Path,
+    out: Path,
+    chat_template: str,
+    dtype: torch.dtype,
+    stop_ids: Sequence[int] = (),
+) -> None:
+    """Write a model directory that plain transformers opens, atomically; an answer ends at any of `stop_ids`.
 
     config.json and tokenizer come from `base`; the chat template is the one the model was trained with.
     """
@@ -183,6 +191,26 @@ def save_model(model: CausalModel, base: Path, out: Path, chat_template: str, dt
             if (base / name).is_file():
                 shutil.copyfile(base / name, place / name)
         (place / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        _drop_template(place / "tokenizer_config.json")
+        _add_stop_ids(place / "generation_config.json", stop_ids)
+
+
+def _drop_template(path: Path) -> None:
+    """The base's chat template must not stand beside the one that the model was trained with."""
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if settings.pop("chat_template", None) is not None:
+            write_json(path, settings)
+
+
+def _add_stop_ids(path: Path, stop_ids: Sequence[int]) -> None:
+    """Put `stop_ids` before the end-of-text tokens that a generation_config.json names already."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = settings.get("eos_token_id")
+    before = named if isinstance(named, list) else [named]
+    wanted = [number for number in dict.fromkeys([*stop_ids, *before]) if number is not None]
+    if stop_ids and wanted != before:
+        write_json(path, settings | {"eos_token_id": wanted if len(wanted) > 1 else wanted[0]})
 
 
 def stored_dtype(directory: Path) -> torch.dtype:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from firefly.console import progress, say, warn
-from firefly.data.chatformat import template
+from firefly.data.chatformat import open_format
 from firefly.data.loader import Batch, TrainingStream, in_order
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import Tokens
@@ -76,10 +76,17 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     tokenizer = ModelTokenizer.load(model_dir)
     data = Tokens.open(tokens_dir, "train", tokenizer.sha256)
     held_out = Tokens.open(tokens_dir, "validation", tokenizer.sha256)
+    chat_format = open_format(recipe.data.chat_format, tokenizer)
     stream = TrainingStream(
-        data, section.per_device_train_batch_size, section.seed, LEARNS_EVERY_TOKEN[section.objective]
+        data,
+        section.per_device_train_batch_size,
+        section.seed,
+        LEARNS_EVERY_TOKEN[section.objective],
+        recipe.data.pack_length,
     )
-    total_steps = _total_steps(section, len(data))
+    if recipe.data.pack_length is not None:
+        say(f"train: {stream.num_units:,} rows an epoch, {stream.efficiency:.2%} of their slots real tokens")
+    total_steps = _total_steps(section, stream.num_units)
     if section.warmup_steps >= total_steps:
         warn(
             f"train.warmup_steps = {section.warmup_steps} and the run has {total_steps} steps: "
@@ -96,7 +103,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     names = dict(transformers_model(model).named_parameters())  # a tied matrix once
     optimizer = make_optimizer(names.values(), section)
 
-    fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps)
+    fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps, recipe.data.pack_length)
     state = _start_or_resume(recipe, run, names, optimizer, fingerprint, device)
     resumed_s, resumed_tokens, elapsed_before_s = time.monotonic(), state.trained_tokens, state.elapsed_s
     with (
@@ -137,8 +144,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
                     )
 
     export_dtype = stored_dtype(model_dir)
-    chat_template = template(tokenizer.bos_token, tokenizer.eos_token)
-    save_model(model, model_dir, out, chat_template, export_dtype)
+    save_model(model, model_dir, out, chat_format.template, export_dtype, chat_format.stop_ids)
     rows = metrics.rows()
     losses = [row["loss"] for row in rows if "loss" in row]
     return TrainResult(
@@ -234,18 +240,20 @@ def _micro_batches(stream: TrainingStream, step: int, accumulation: int) -> list
     return [stream.batch(step * accumulation + index) for index in range(accumulation)]
 
 
-def _total_steps(section: TrainSection, num_samples: int) -> int:
+def _total_steps(section: TrainSection, num_units: int) -> int:
     if section.max_steps is not None:
         return section.max_steps
     per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
-    return max(1, math.ceil(num_samples * section.num_train_epochs / per_step))
+    return max(1, math.ceil(num_units * section.num_train_epochs / per_step))
 
 
-def _fingerprint(section: TrainSection, model_dir: Path, tokens_dir: Path, total_steps: int) -> str:
+def _fingerprint(
+    section: TrainSection, model_dir: Path, tokens_dir: Path, total_steps: int, pack_length: int | None
+) -> str:
     """What a checkpoint belongs to: options that change the losses, base weights, and data."""
     options = section.model_dump(exclude={*HARMLESS, "max_steps", "num_train_epochs"})
     weights = [sha256_file(path) for path in weight_files(model_dir)]
-    return sha256_json([options, total_steps, weights, sha256_file(tokens_dir / "index.json")])
+    return sha256_json([options, total_steps, pack_length, weights, sha256_file(tokens_dir / "index.json")])
 
 
 def _count(window: dict[str, Any], loss_sum: Tensor, norm: Tensor, batches: list[Batch]) -> None:
