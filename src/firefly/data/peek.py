@@ -109,9 +109,10 @@ def peek(
     wanted = np.flatnonzero(matches[mapped.kinds])
     drawn = sorted(random.Random(seed).sample(range(len(wanted)), min(num, len(wanted))))
     numbers = [int(wanted[place]) for place in drawn]
+    chat_format = json.loads((tokens / "index.json").read_text("utf-8"))["chat_format"]
     examples = _examples(dataset, {int(mapped.origins[number]) for number in numbers})
     show = token_viewer(tokenizer)
-    return [_peeked(mapped, number, examples, tokenizer, show) for number in numbers]
+    return [_peeked(mapped, number, examples, tokenizer, chat_format, show) for number in numbers]
 
 
 def peek_page(samples: list[PeekedSample]) -> str:
@@ -139,12 +140,13 @@ def _peeked(
     number: int,
     examples: dict[int, Example],
     tokenizer: ModelTokenizer,
+    chat_format: str,
     show: Callable[[int], tuple[str, bool]],
 ) -> PeekedSample:
     sample = mapped.sample(number)
     example = examples.get(sample.origin)
     source = example.source if example else f"line {sample.origin + 1} of the dataset"
-    whole_tokens = len(render(example.messages, tokenizer).ids) if example else len(sample.ids)
+    whole_tokens = len(render(example.messages, tokenizer, chat_format).ids) if example else len(sample.ids)
     return PeekedSample(
         number=number,
         kind=sample.kind,

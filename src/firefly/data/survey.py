@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from firefly.console import progress
 from firefly.data.card import card_tables, render_page, titles, write_cards
-from firefly.data.chatformat import render_many
+from firefly.data.chatformat import open_format
 from firefly.data.dataset import read_dataset
 from firefly.data.stats import PERCENTILES, draw_lengths, length_summary, task_chart
 from firefly.data.table import Table
@@ -111,7 +111,8 @@ def tokens_stats(
     digest = tokenizer.sha256 if tokenizer else None
     splits = {split: Tokens.open(tokens, split, digest) for split in SPLITS}
     limits = sorted({*LIMITS, splits["train"].max_seq_length})
-    cuts: dict[str, dict[str, int]] = json.loads((tokens / "index.json").read_text("utf-8")).get("cuts", {})
+    index = json.loads((tokens / "index.json").read_text("utf-8"))
+    cuts: dict[str, dict[str, int]] = index.get("cuts", {})
     survey, notes = _Survey(limits, overlong), []
     again = set(cuts) if dataset and tokenizer else set()
     if cuts and not again:
@@ -122,7 +123,7 @@ def tokens_stats(
     for split, mapped in splits.items():
         survey.stored(split, mapped, again)
         if again and dataset and tokenizer:
-            survey.measured_again(split, dataset, tokenizer, again)
+            survey.measured_again(split, dataset, tokenizer, index["chat_format"], again)
     card = read_card(dataset) if dataset else {}
     result = StatsResult(
         str(out),
@@ -175,12 +176,15 @@ class _Survey:
                         self._cut(kind, tokens.mask[borders[sample] : borders[sample + 1]])
                 bar.advance(len(lengths))
 
-    def measured_again(self, split: str, dataset: Path, tokenizer: ModelTokenizer, again: set[str]) -> None:
+    def measured_again(
+        self, split: str, dataset: Path, tokenizer: ModelTokenizer, data_format: str, again: set[str]
+    ) -> None:
         """Count the examples of the kinds `again` as they were before any cut, rendered once more."""
+        chat_format = open_format(data_format, tokenizer)
         examples = (example for example in read_dataset(dataset, split) if example.kind in again)
         with progress(f"measure what was cut in {split}", None, "examples") as bar:
             while batch := list(islice(examples, _BATCH)):
-                rendered = render_many([example.messages for example in batch], tokenizer)
+                rendered = chat_format.render_many([example.messages for example in batch]).samples()
                 for example, sample in zip(batch, rendered, strict=True):
                     mask = np.asarray(sample.mask, np.uint8)
                     self._count(example.kind, np.asarray([len(mask)]), mask.sum(keepdims=True))
