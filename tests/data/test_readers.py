@@ -123,6 +123,7 @@ BAD_LINES = {
     "a list": (b"[1]\n", "a JSON list where an object is needed"),
     "deep": (b'{"a":' * 100_000 + b"\n", "nested too deeply"),
     "deep list": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "nested too deeply"),
+    "101 levels": (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}\n", "nested too deeply, more than 100 levels"),
     "NaN": (b'{"a": NaN}\n', "NaN is not a JSON number"),
     "infinite": (b'{"a": -Infinity}\n', "-Infinity is not a JSON number"),
     "too large": (b'{"a": 1e999}\n', "1e999 is not a JSON number"),
@@ -146,6 +147,12 @@ def test_a_bad_line_is_named_and_the_next_ones_are_read(tmp_path: Path, case: st
     assert [number for number, _ in found] == [1, 2, 4]
     assert [isinstance(record, InputError) for _, record in found] == [False, True, False]
     assert "\n" not in str(found[1][1])
+
+
+def test_a_hundred_levels_and_many_brackets_are_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": ' + b"[" * 99 + b"]" * 99 + b"}\n" + b'{"a": [' + b"[[]], " * 200 + b"[]]}\n")
+    assert len(of(path)) == 2
 
 
 def test_emoji_bom_and_crlf_are_no_errors(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ Near means: an estimated Jaccard similarity of the sets of character 5-grams of 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import unicodedata
@@ -36,6 +37,7 @@ _NOT_WORD = re.compile(r"[\W_]+")
 _UNDECIDED, _KEPT, _DROPPED = 0, 1, 2
 
 
+@functools.lru_cache(maxsize=8)  # the same text is asked for its key, its signature and its overlap in turn
 def comparable(text: str) -> str:
     """The text as its copies share it: NFKC, lower case, without white space and punctuation.
 

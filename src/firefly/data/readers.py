@@ -29,12 +29,12 @@ from firefly.files import (
     LONGEST_LINE_BYTES,
     BadLine,
     RefusedJSON,
+    check_json,
     damage_named,
     json_object,
     not_json,
     open_binary,
     read_lines_tolerant,
-    refuse_lone_surrogates,
     require_file,
 )
 
@@ -216,8 +216,7 @@ class _JSONText:
         try:
             try:
                 record, end = JSON_DECODER.raw_decode(piece, at)
-                if piece.find("\\u", at, end) >= 0:
-                    refuse_lone_surrogates(record)
+                check_json(record, piece, at, end)
             except RefusedJSON as error:
                 record, end = error, json.JSONDecoder().raw_decode(piece, at)[1]
         except json.JSONDecodeError as error:
