@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,6 @@ def test_it_travels_to_workers(tmp_path: Path) -> None:
     st.integers(5, 7),
 )
 def test_it_is_a_search_for_common_substrings(evaluation: list[str], text: str, n: int) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         grams = load(Path(folder), {"x": evaluation}, n=n)
     known = [comparable(item) for item in evaluation]

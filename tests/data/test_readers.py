@@ -7,10 +7,12 @@ import gzip
 import io
 import json
 import lzma
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow
 import pytest
@@ -88,9 +90,6 @@ def test_json_reads_as_python_reads_it(
     records: list[Any], indent: int | None, shape: str, block_bytes: int
 ) -> None:
     """Arrays, lines and values one after the other, whatever the borders of the blocks that are read."""
-    import tempfile
-    from unittest.mock import patch
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.json"
         if shape == "array":
@@ -278,12 +277,12 @@ def test_an_unreadable_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(files, "open_binary", refuse)
     with pytest.raises(InputError, match=r"x\.jsonl: cannot be read .*Permission denied.*check its rights"):
         of(tmp_path / "x.jsonl")
-    with pytest.raises(InputError, match="is a directory"):
-        of(
-            (tmp_path / "d.jsonl").parent / "d.jsonl"
-            if (tmp_path / "d.jsonl").mkdir()
-            else tmp_path / "d.jsonl"
-        )
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"d\.jsonl is a directory"):
+        of(tmp_path / "d.jsonl")
 
 
 def test_files_folders_and_patterns(tmp_path: Path) -> None:
@@ -304,5 +303,6 @@ def test_files_folders_and_patterns(tmp_path: Path) -> None:
         names("*.parquet")
     with pytest.raises(InputError, match="does not exist"):
         names("no.csv")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no file of a known kind"):
-        names("b/.git/..") if not (tmp_path / "empty").mkdir() and names("empty") else None
+        names("empty")
