@@ -148,6 +148,15 @@ def test_a_bad_line_is_named_and_the_next_ones_are_read(tmp_path: Path, case: st
     assert "\n" not in str(found[1][1])
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_json_lines_may_be_called_json(tmp_path: Path, bad: int) -> None:
+    lines = [GOOD] * 3
+    lines[bad] = b'{"a": \n'
+    (tmp_path / "x.json").write_bytes(b"".join(lines))
+    found = [isinstance(record, InputError) for _, record in read_tolerant(tmp_path / "x.json")]
+    assert found == [index == bad for index in range(3)]
+
+
 def test_a_hundred_levels_and_many_brackets_are_no_error(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": ' + b"[" * 99 + b"]" * 99 + b"}\n" + b'{"a": [' + b"[[]], " * 200 + b"[]]}\n")

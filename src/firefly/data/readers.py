@@ -20,6 +20,7 @@ import glob
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -122,19 +123,17 @@ def _json_lines(path: Path) -> Iterator[Numbered]:
 
 
 def _json_file(path: Path) -> Iterator[Numbered]:
-    """JSON Lines when the first line is a whole JSON object; else an array, or objects one after the other."""
+    """JSON Lines when one of the first two lines is a whole JSON object; else an array, or objects in succession."""
     with (
         damage_named(path, lambda: "at its beginning"),
         open_binary(require_file(path, "The file")) as stream,
     ):
         in_array = _JSONText(path, stream).peek() == "["
     if not in_array:
-        for _, line in read_lines_tolerant(path):
-            if isinstance(line, BadLine) or (line.strip() and _is_object(line)):
-                yield from _json_lines(path)
-                return
-            if line.strip():
-                break
+        lines = (line for _, line in read_lines_tolerant(path) if isinstance(line, BadLine) or line.strip())
+        if any(isinstance(line, BadLine) or _is_object(line) for line in islice(lines, 2)):
+            yield from _json_lines(path)
+            return
     yield from _json_values(path)
 
 
