@@ -37,6 +37,7 @@ _UNWRITABLE = {
     errno.EISDIR,
 }
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_DEEPEST_JSON = 100  # levels
 LONGEST_LINE_BYTES = 64 << 20  # a longer line is a mistake, and is not held in memory
 
 
@@ -306,8 +307,7 @@ def json_object(text: str, where: str) -> dict[str, Any]:
     """
     try:
         record = JSON_DECODER.decode(text)
-        if "\\u" in text:
-            refuse_lone_surrogates(record)
+        check_json(record, text, 0, len(text))
     except (ValueError, RecursionError) as error:
         raise not_json(error, where) from error
     if not isinstance(record, dict):
@@ -328,14 +328,25 @@ def not_json(error: ValueError | RecursionError, where: str) -> InputError:
     return InputError(f"{where}: not valid JSON ({why}); write one JSON object a line.")
 
 
-def refuse_lone_surrogates(record: Any) -> None:
-    """Raise `RefusedJSON` for a string that UTF-8 cannot hold: half of an emoji, cut apart by some program."""
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise RefusedJSON(
-            f"half of a surrogate pair, \\u{ord(error.object[error.start]):04x}, is no character"
-        ) from error
+def check_json(record: Any, text: str, start: int, end: int) -> None:
+    """Raise `RefusedJSON` for what the parser lets pass in the record that stands at text[start:end].
+
+    Half of a surrogate pair (an emoji cut apart by some program), which UTF-8 cannot hold; and nesting so deep that
+    a later function could exceed Python's stack.
+    """
+    if text.find("\\u", start, end) >= 0:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise RefusedJSON(f"half of a surrogate pair, \\u{half:04x}, is no character") from error
+    if text.count("[", start, end) + text.count("{", start, end) > _DEEPEST_JSON:
+        level = [record]
+        for _ in range(_DEEPEST_JSON):
+            inner = (item.values() if isinstance(item, dict) else item for item in level)
+            level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if level:
+            raise RefusedJSON(f"nested too deeply, more than {_DEEPEST_JSON} levels")
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

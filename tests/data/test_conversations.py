@@ -189,6 +189,16 @@ def test_what_is_no_conversation_of_two_is_skipped(tmp_path: Path, record: Any, 
     assert json.loads(item.text) == record
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_conversations_of_different_lengths_share_a_parquet_file(tmp_path: Path, form: str) -> None:
+    """Parquet gives every record the fields of all the others, as nulls."""
+    pairs = [("一", "二"), ("三", "四"), ("五", "六")]
+    records = [FORMS[form][1](system, pairs[:length]) for length, system in ((1, ""), (3, "七"), (2, ""))]
+    found = imported(parquet_file(tmp_path / "x.parquet", records))
+    lengths = [len(item.example.messages) for item in found if isinstance(item, Whole)]
+    assert lengths == [2, 7, 4]
+
+
 def test_a_last_question_without_an_answer_is_left_out(tmp_path: Path) -> None:
     record = sharegpt_form("", [("问", "答"), ("还有呢", "")])
     record["conversations"].pop()
@@ -201,6 +211,8 @@ def test_a_last_question_without_an_answer_is_left_out(tmp_path: Path) -> None:
     [
         ({"messages": 3}, "'messages' is a int where a list of turns is needed"),
         ({"messages": "[3"}, "'messages' is text that is not valid JSON"),
+        ({"messages": '[{"role": "user", "role": "x"}]'}, "'messages' is text that is not valid JSON .*occurs twice"),
+        ({"messages": '["\\ud83d"]'}, "'messages' is text that is not valid JSON .*surrogate"),
         ({"messages": [3]}, "'messages' must be a list of objects"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] needs 'role' and 'content'"),
         ({"messages": [{"role": 7, "content": "x"}]}, r"messages\[0\] needs 'role' and 'content'"),

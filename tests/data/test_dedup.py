@@ -21,6 +21,7 @@ from firefly.data.dedup import (
     content_key,
     mark_exact,
     mark_near,
+    quality_of,
     signature,
 )
 
@@ -64,16 +65,14 @@ def corpus(num_families: int, seed: int) -> list[str]:
 
 def arrays(texts: list[str], seed: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     signatures = np.stack([signature(text) for text in texts])
-    quality = np.random.default_rng(seed).permutation(len(texts)).astype(np.uint32)
-    return band_keys(signatures, THRESHOLD), signatures, quality
+    grades = np.random.default_rng(seed).permutation(len(texts)).astype(np.uint32)
+    return band_keys(signatures, THRESHOLD), signatures, grades
 
 
-def greedy(
-    bands: NDArray[Any], signatures: NDArray[Any], quality: NDArray[Any], threshold: float
-) -> set[int]:
+def greedy(bands: NDArray[Any], signatures: NDArray[Any], grades: NDArray[Any], threshold: float) -> set[int]:
     """The definition: from the best to the worst, keep what is not near a kept one."""
     kept: list[int] = []
-    for record in sorted(range(len(quality)), key=lambda index: (-int(quality[index]), index)):
+    for record in sorted(range(len(grades)), key=lambda index: (-int(grades[index]), index)):
         if not any(
             (bands[record] == bands[other]).any()
             and (signatures[record] == signatures[other]).mean() >= threshold - 1e-12
@@ -110,8 +109,8 @@ def test_of_exact_copies_the_best_stays_then_the_earliest(
     records: list[tuple[str, int]], part_records: int
 ) -> None:
     keys = keys_of([text for text, _ in records])
-    quality = np.array([quality for _, quality in records], dtype=np.uint32)
-    found = mark_exact(keys, quality, part_records=part_records)
+    grades = np.array([grade for _, grade in records], dtype=np.uint32)
+    found = mark_exact(keys, grades, part_records=part_records)
     best: dict[str, int] = {}
     for index, (text, grade) in enumerate(records):
         name = comparable(text)
@@ -144,17 +143,17 @@ def test_near_copies_agree_with_exact_jaccard_within_minhash_error() -> None:
 @pytest.mark.parametrize("part_records", [1, 37, 1 << 20])
 def test_near_copies_are_those_of_the_definition(part_records: int) -> None:
     texts = corpus(120, seed=2)
-    bands, signatures, quality = arrays(texts, seed=2)
-    found = mark_near(bands, signatures, quality, THRESHOLD, part_records=part_records)
-    assert set(np.flatnonzero(found < 0)) == greedy(bands, signatures, quality, THRESHOLD)
+    bands, signatures, grades = arrays(texts, seed=2)
+    found = mark_near(bands, signatures, grades, THRESHOLD, part_records=part_records)
+    assert set(np.flatnonzero(found < 0)) == greedy(bands, signatures, grades, THRESHOLD)
     dropped = np.flatnonzero(found >= 0)
     assert len(dropped) > 30
     for record in dropped:
         keeper = found[record]
-        assert found[keeper] == -1 and quality[keeper] > quality[record]
+        assert found[keeper] == -1 and grades[keeper] > grades[record]
         assert (signatures[keeper] == signatures[record]).mean() >= THRESHOLD
         assert jaccard(texts[record], texts[keeper]) > THRESHOLD - 4 * 0.036
-    assert found.tolist() == mark_near(bands, signatures, quality, THRESHOLD).tolist()
+    assert found.tolist() == mark_near(bands, signatures, grades, THRESHOLD).tolist()
 
 
 @settings(max_examples=40, deadline=None)
@@ -166,17 +165,21 @@ def test_any_web_of_near_records_is_decided_as_defined(
     draw = np.random.default_rng(seed)
     signatures = draw.integers(0, num_values + 1, (num_records, 6)).astype(np.uint32)
     bands = signatures[:, ::2].astype(np.uint64) << np.uint64(40)
-    quality = draw.integers(0, 3, num_records).astype(np.uint32)
-    found = mark_near(bands, signatures, quality, 0.5, part_records=part_records)
-    assert set(np.flatnonzero(found < 0)) == greedy(bands, signatures, quality, 0.5)
+    grades = draw.integers(0, 3, num_records).astype(np.uint32)
+    found = mark_near(bands, signatures, grades, 0.5, part_records=part_records)
+    assert set(np.flatnonzero(found < 0)) == greedy(bands, signatures, grades, 0.5)
+
+
+def test_a_longer_answer_is_better_up_to_a_point() -> None:
+    assert [quality_of("字" * length) for length in (0, 5, 4096, 9000)] == [0, 5, 4096, 4096]
 
 
 def test_the_order_of_records_does_not_matter() -> None:
     texts = corpus(60, seed=3)
-    bands, signatures, quality = arrays(texts, seed=3)
-    found = mark_near(bands, signatures, quality, THRESHOLD)
+    bands, signatures, grades = arrays(texts, seed=3)
+    found = mark_near(bands, signatures, grades, THRESHOLD)
     order = np.random.default_rng(4).permutation(len(texts))
-    again = mark_near(bands[order], signatures[order], quality[order], THRESHOLD)
+    again = mark_near(bands[order], signatures[order], grades[order], THRESHOLD)
     assert {texts[index] for index in np.flatnonzero(found < 0)} == {
         texts[order[index]] for index in np.flatnonzero(again < 0)
     }
@@ -200,11 +203,11 @@ def test_exact_copies_take_no_part_and_follow_their_original() -> None:
     text = some_text(8, 300)
     better, other = edited(text, 9, 2), some_text(10)
     texts = [text, text + "。", better, other]
-    quality = np.array([1, 1, 5, 1], np.uint32)
-    found = mark_exact(keys_of(texts), quality)
+    grades = np.array([1, 1, 5, 1], np.uint32)
+    found = mark_exact(keys_of(texts), grades)
     assert found.tolist() == [-1, 0, -1, -1]
     signatures = np.stack([signature(text) for text in texts])
-    mark_near(band_keys(signatures, THRESHOLD), signatures, quality, THRESHOLD, out=found)
+    mark_near(band_keys(signatures, THRESHOLD), signatures, grades, THRESHOLD, out=found)
     assert found.tolist() == [2, 2, -1, -1]
 
 
@@ -227,7 +230,7 @@ def test_memory_maps_stay_on_the_disk(tmp_path: Path) -> None:
 
         signatures = on_disk("signatures", "u4", (num_records, PERMUTATIONS))
         bands = on_disk("bands", "u8", (num_records, 18))
-        keys, quality = on_disk("keys", "V16", (num_records,)), on_disk("quality", "u4", (num_records,))
+        keys, grades = on_disk("keys", "V16", (num_records,)), on_disk("grades", "u4", (num_records,))
         out = on_disk("out", "i8", (num_records,))
         draw = np.random.default_rng(0)
         for start in range(0, num_records, 1000):
@@ -237,8 +240,8 @@ def test_memory_maps_stay_on_the_disk(tmp_path: Path) -> None:
             bands[start : start + 1000] = band_keys(some, THRESHOLD)
             keys[start : start + 1000] = np.frombuffer(draw.bytes(16_000), "V16")
         tracemalloc.start()
-        mark_exact(keys, quality, out=out, part_records=2000)
-        mark_near(bands, signatures, quality, THRESHOLD, out=out, part_records=2000)
+        mark_exact(keys, grades, out=out, part_records=2000)
+        mark_near(bands, signatures, grades, THRESHOLD, out=out, part_records=2000)
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert (out >= 0).sum() == num_records // 2

@@ -7,10 +7,12 @@ import gzip
 import io
 import json
 import lzma
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow
 import pytest
@@ -88,9 +90,6 @@ def test_json_reads_as_python_reads_it(
     records: list[Any], indent: int | None, shape: str, block_bytes: int
 ) -> None:
     """Arrays, lines and values one after the other, whatever the borders of the blocks that are read."""
-    import tempfile
-    from unittest.mock import patch
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.json"
         if shape == "array":
@@ -123,6 +122,7 @@ BAD_LINES = {
     "a list": (b"[1]\n", "a JSON list where an object is needed"),
     "deep": (b'{"a":' * 100_000 + b"\n", "nested too deeply"),
     "deep list": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "nested too deeply"),
+    "101 levels": (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}\n", "nested too deeply, more than 100 levels"),
     "NaN": (b'{"a": NaN}\n', "NaN is not a JSON number"),
     "infinite": (b'{"a": -Infinity}\n', "-Infinity is not a JSON number"),
     "too large": (b'{"a": 1e999}\n', "1e999 is not a JSON number"),
@@ -146,6 +146,21 @@ def test_a_bad_line_is_named_and_the_next_ones_are_read(tmp_path: Path, case: st
     assert [number for number, _ in found] == [1, 2, 4]
     assert [isinstance(record, InputError) for _, record in found] == [False, True, False]
     assert "\n" not in str(found[1][1])
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_json_lines_may_be_called_json(tmp_path: Path, bad: int) -> None:
+    lines = [GOOD] * 3
+    lines[bad] = b'{"a": \n'
+    (tmp_path / "x.json").write_bytes(b"".join(lines))
+    found = [isinstance(record, InputError) for _, record in read_tolerant(tmp_path / "x.json")]
+    assert found == [index == bad for index in range(3)]
+
+
+def test_a_hundred_levels_and_many_brackets_are_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": ' + b"[" * 99 + b"]" * 99 + b"}\n" + b'{"a": [' + b"[[]], " * 200 + b"[]]}\n")
+    assert len(of(path)) == 2
 
 
 def test_emoji_bom_and_crlf_are_no_errors(tmp_path: Path) -> None:
@@ -271,12 +286,12 @@ def test_an_unreadable_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(files, "open_binary", refuse)
     with pytest.raises(InputError, match=r"x\.jsonl: cannot be read .*Permission denied.*check its rights"):
         of(tmp_path / "x.jsonl")
-    with pytest.raises(InputError, match="is a directory"):
-        of(
-            (tmp_path / "d.jsonl").parent / "d.jsonl"
-            if (tmp_path / "d.jsonl").mkdir()
-            else tmp_path / "d.jsonl"
-        )
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"d\.jsonl is a directory"):
+        of(tmp_path / "d.jsonl")
 
 
 def test_files_folders_and_patterns(tmp_path: Path) -> None:
@@ -297,5 +312,6 @@ def test_files_folders_and_patterns(tmp_path: Path) -> None:
         names("*.parquet")
     with pytest.raises(InputError, match="does not exist"):
         names("no.csv")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no file of a known kind"):
-        names("b/.git/..") if not (tmp_path / "empty").mkdir() and names("empty") else None
+        names("empty")

@@ -36,6 +36,7 @@ def encode(tiny: Callable[[str], Path], tmp_path: Path) -> Encode:
         settings = {
             "sources": [{"path": str(source), "importer": importer}],
             "validation_fraction": 0.2,
+            "clean": {"max_repetition": 1.0},  # samples here are one character over and over
             **options,
         }
         data = DataSection.model_validate(settings)

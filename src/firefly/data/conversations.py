@@ -24,6 +24,7 @@ from firefly.data.clean import digest, normalised
 from firefly.data.example import Example, Message, Role
 from firefly.data.importers import Imported, Origin, Skipped, Whole, field_text, importer
 from firefly.errors import InputError
+from firefly.files import JSON_DECODER, check_json
 
 Turn = tuple[str, str]  # role, content
 _ROLES = {
@@ -101,9 +102,12 @@ def import_moss(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     chat = record.get("chat")
     if isinstance(chat, str):
         chat = _parsed(chat, "chat", origin)
-    if not isinstance(chat, dict) or not all(isinstance(turn, dict) for turn in chat.values()):
+    if not isinstance(chat, dict) or not all(isinstance(turn, dict | None) for turn in chat.values()):
         raise _missing("'chat' must be an object of turns, turn_1, turn_2, …", record, origin)
-    yield from _example(record, _moss_turns(chat, origin), origin)
+    there = {
+        name: turn for name, turn in chat.items() if turn
+    }  # Parquet has null for a turn that others have
+    yield from _example(record, _moss_turns(there, origin), origin)
 
 
 def _moss_turns(chat: dict[str, Any], origin: Origin) -> Iterator[Turn]:
@@ -197,7 +201,9 @@ def _list(value: Any, name: str, origin: Origin) -> list[Any]:
 def _parsed(text: str, name: str, origin: Origin) -> Any:
     """The value of a CSV cell that holds JSON."""
     try:
-        return json.loads(text)
+        value = JSON_DECODER.decode(text)
+        check_json(value, text, 0, len(text))
+        return value
     except (ValueError, RecursionError) as error:
         raise InputError(f"{origin}: field '{name}' is text that is not valid JSON ({error}).") from error
 

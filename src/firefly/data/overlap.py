@@ -8,12 +8,13 @@ string of an evaluation record counts with all its n-grams of characters. A reco
 counts with its longest one, whole, from five characters on: a line of a poem, a short question. An n-gram of more
 than eight records is not content but wording, such as a template, and is left out.
 
-An n-gram is kept as 8 bytes: a rolling hash, looked up by numpy for all places of a text at once. A hit is checked
-against nothing but the hash; two n-grams in 10¹² collide.
+An n-gram is kept as 8 bytes: a rolling hash, looked up by numpy for all places of a text at once. By chance, one
+foreign n-gram in 10¹² is taken for one of ten million.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,61 +30,90 @@ _SHORTEST = 5  # characters of a whole string; shorter ones stand in any text
 _WORDING = 8  # records
 _BASE = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2⁶⁴
 _INVERSE = pow(_BASE, -1, 1 << 64)
-_FILTER_BITS = 8  # places in the filter for each gram: a foreign gram passes one time in eight
+_FILTER_PLACES = 8  # for each gram: a foreign gram passes one time in eight or sixteen
 
 Hashes = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A set of n-grams of one length, by hash."""
+
+    length: int  # in characters
+    hashes: Hashes  # [G] sorted
+    filter: NDArray[np.bool_]  # [2^k] which ends of hashes occur: most foreign grams are known by it alone
+
+    @classmethod
+    def of(cls, length: int, hashes: Hashes) -> _Table:
+        """The table of sorted hashes."""
+        filter = np.zeros(1 << max(10, (len(hashes) * _FILTER_PLACES).bit_length()), dtype=bool)
+        filter[hashes & np.uint64(len(filter) - 1)] = True
+        return cls(length, hashes, filter)
+
+    def find(self, sums: Hashes) -> Iterator[tuple[int, int]]:
+        """Each place of a text (its `_sums`) where an n-gram of the set begins, and the gram's index."""
+        hashes = _gram_hashes(sums, self.length)
+        for at in self.filter[hashes & np.uint64(len(self.filter) - 1)].nonzero()[0]:
+            found = int(np.searchsorted(self.hashes, hashes[at]))
+            if found < len(self.hashes) and self.hashes[found] == hashes[at]:
+                yield int(at), found
 
 
 @dataclass(frozen=True)
 class EvaluationGrams:
     """The n-grams of evaluation files; pickles as its arrays."""
 
-    lengths: tuple[int, ...]  # of the grams, in characters: n, and those of short whole strings
-    hashes: Hashes  # [G] sorted
-    origins: NDArray[np.int32]  # [G] the place of each gram's first record in `places`
-    places: tuple[str, ...]  # "file:line"
-    filter: NDArray[np.bool_]  # [2^k] which ends of hashes occur: most foreign grams are known by it alone
+    places: tuple[str, ...]  # "file:line" of each record
+    grams: _Table
+    origins: NDArray[np.int32]  # [G] the first record of each gram, in `places`
+    wholes: dict[str, list[tuple[str, str]]]  # short texts and their places, by their first five characters
+    beginnings: _Table  # those first five characters
 
     @classmethod
     def load(cls, paths: Iterable[Path], n: int) -> EvaluationGrams:
         """Read files, folders or patterns of any known format; raises `InputError` as `read_records` does."""
-        hashes: list[Hashes] = []
+        hashes: list[Hashes] = [np.empty(0, dtype=np.uint64)]
+        records: list[int] = [0]  # whose hashes they are
         places: list[str] = []
-        lengths = {n}
+        short: defaultdict[str, list[str]] = defaultdict(list)
         for file in (file for path in paths for file in files_of(path)):
             for line, record in read_records(file):
                 texts = [comparable(text) for text in _strings(record)]
                 longest = max(texts, key=len, default="")
                 if len(longest) >= n:
-                    grams = [_gram_hashes(_code_points(text), n) for text in texts if len(text) >= n]
+                    grams = [_gram_hashes(_sums(text), n) for text in texts if len(text) >= n]
+                    hashes.append(np.unique(np.concatenate(grams)))
+                    records.append(len(places))
                 elif len(longest) >= _SHORTEST:
-                    grams = [_gram_hashes(_code_points(longest), len(longest))]
-                    lengths.add(len(longest))
-                else:
-                    continue
-                hashes.append(np.unique(np.concatenate(grams)))
+                    short[longest].append(f"{file.name}:{line}")
                 places.append(f"{file.name}:{line}")
-        every = np.concatenate(hashes) if hashes else np.empty(0, dtype=np.uint64)
-        origins = np.repeat(np.arange(len(places), dtype=np.int32), [len(some) for some in hashes])
-        found, first, num_records = np.unique(every, return_index=True, return_counts=True)
+        origins = np.repeat(np.array(records, dtype=np.int32), [len(some) for some in hashes])
+        found, first, num_records = np.unique(np.concatenate(hashes), return_index=True, return_counts=True)
         content = num_records <= _WORDING
-        found, origins = found[content], origins[first[content]]
-        filter = np.zeros(1 << max(10, (len(found) * _FILTER_BITS).bit_length()), dtype=bool)
-        filter[found & np.uint64(len(filter) - 1)] = True
-        return cls(tuple(sorted(lengths)), found, origins, tuple(places), filter)
+        wholes: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+        for text, where in short.items():
+            if len(where) <= _WORDING:
+                wholes[text[:_SHORTEST]].append((text, where[0]))
+        beginnings = [_gram_hashes(_sums(text), _SHORTEST) for text in wholes]
+        return cls(
+            tuple(places),
+            _Table.of(n, found[content]),
+            origins[first[content]],
+            dict(wholes),
+            _Table.of(_SHORTEST, np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *beginnings]))),
+        )
 
     def hit(self, text: str) -> str | None:
         """The first n-gram that the text shares with an evaluation record, and where that stands; None if none."""
         text = comparable(text)
-        points = _code_points(text)
-        for length in self.lengths:
-            if len(points) < length:
-                break
-            hashes = _gram_hashes(points, length)
-            for at in np.flatnonzero(self.filter[hashes & np.uint64(len(self.filter) - 1)]):
-                found = int(np.searchsorted(self.hashes, hashes[at]))
-                if found < len(self.hashes) and self.hashes[found] == hashes[at]:
-                    return f"{text[at : at + length]} ({self.places[self.origins[found]]})"
+        sums = _sums(text)
+        for at, gram in self.grams.find(sums):
+            return f"{text[at : at + self.grams.length]} ({self.places[self.origins[gram]]})"
+        if self.wholes:
+            for at, _ in self.beginnings.find(sums):
+                for whole, place in self.wholes.get(text[at : at + _SHORTEST], ()):
+                    if text.startswith(whole, at):
+                        return f"{whole} ({place})"
         return None
 
 
@@ -96,26 +126,28 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _code_points(text: str) -> NDArray[np.uint32]:
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+def _sums(text: str) -> Hashes:
+    """Of each beginning of the text, the empty one first, Σ mix(cⱼ)·Bʲ mod 2⁶⁴."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    sums = np.zeros(len(points) + 1, dtype=np.uint64)
+    np.cumsum(_MIX[points & 0x1FFFF] * _powers(len(points))[0][: len(points)], out=sums[1:])
+    return sums
 
 
-def _gram_hashes(points: NDArray[np.uint32], length: int) -> Hashes:
-    """A hash of the characters [i, i + length) for every i: Σ mix(cⱼ)·Bʲ over the gram, divided by Bⁱ, mod 2⁶⁴."""
-    num_points = len(points)
-    powers, inverses = _powers(num_points)
-    mixed = _mix(points.astype(np.uint64) + np.uint64(1))
-    sums = np.zeros(num_points + 1, dtype=np.uint64)
-    np.cumsum(mixed * powers[:num_points], out=sums[1:])
-    grams = (sums[length:] - sums[:-length]) * inverses[: num_points - length + 1]
-    return _mix(grams + np.uint64(length))
+def _gram_hashes(sums: Hashes, length: int) -> Hashes:
+    """The hash of the characters [i, i + length) for every i: Σ mix(cᵢ₊ⱼ)·Bʲ; none where the text is shorter."""
+    num_grams = max(0, len(sums) - length)
+    return (sums[length:] - sums[:num_grams]) * _powers(num_grams)[1][:num_grams]
 
 
-def _mix(values: Hashes) -> Hashes:
+def _mixed(values: Hashes) -> Hashes:
     """splitmix64's finaliser: every bit of the result depends on every bit of the value."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+_MIX = _mixed(np.arange(1, 1 + (1 << 17), dtype=np.uint64))  # by the lower 17 bits of a character's code
 
 
 _known_powers: tuple[Hashes, Hashes] = (np.ones(1, dtype=np.uint64), np.ones(1, dtype=np.uint64))

@@ -20,6 +20,7 @@ import glob
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,12 +30,12 @@ from firefly.files import (
     LONGEST_LINE_BYTES,
     BadLine,
     RefusedJSON,
+    check_json,
     damage_named,
     json_object,
     not_json,
     open_binary,
     read_lines_tolerant,
-    refuse_lone_surrogates,
     require_file,
 )
 
@@ -122,19 +123,17 @@ def _json_lines(path: Path) -> Iterator[Numbered]:
 
 
 def _json_file(path: Path) -> Iterator[Numbered]:
-    """JSON Lines when the first line is a whole JSON object; else an array, or objects one after the other."""
+    """JSON Lines when one of the first two lines is a whole JSON object; else an array, or objects in succession."""
     with (
         damage_named(path, lambda: "at its beginning"),
         open_binary(require_file(path, "The file")) as stream,
     ):
         in_array = _JSONText(path, stream).peek() == "["
     if not in_array:
-        for _, line in read_lines_tolerant(path):
-            if isinstance(line, BadLine) or (line.strip() and _is_object(line)):
-                yield from _json_lines(path)
-                return
-            if line.strip():
-                break
+        lines = (line for _, line in read_lines_tolerant(path) if isinstance(line, BadLine) or line.strip())
+        if any(isinstance(line, BadLine) or _is_object(line) for line in islice(lines, 2)):
+            yield from _json_lines(path)
+            return
     yield from _json_values(path)
 
 
@@ -216,8 +215,7 @@ class _JSONText:
         try:
             try:
                 record, end = JSON_DECODER.raw_decode(piece, at)
-                if piece.find("\\u", at, end) >= 0:
-                    refuse_lone_surrogates(record)
+                check_json(record, piece, at, end)
             except RefusedJSON as error:
                 record, end = error, json.JSONDecoder().raw_decode(piece, at)[1]
         except json.JSONDecodeError as error:
