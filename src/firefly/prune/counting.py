@@ -101,6 +101,7 @@ def corpus_texts(paths: Iterable[Path]) -> Iterator[str]:
                         )
                     yield from found
             else:
+                require_file(file, "The corpus file")
                 raise InputError(
                     f"The corpus file {file} is of an unknown kind '{file.suffix}'; use .txt, .jsonl, .json, .csv or "
                     ".tsv, each also with .gz, .xz or .zst, or .parquet."

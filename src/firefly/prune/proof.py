@@ -240,17 +240,32 @@ def made_up_texts(
 
 
 def tokens_per_character(
-    original: Tokenizer, pruned: Tokenizer, texts: list[str]
+    original: Tokenizer, pruned: Tokenizer, texts: list[str], names: list[str] | None = None
 ) -> dict[str, dict[str, float]]:
-    """How many tokens a character takes before and after, by the script that a document is mostly written in."""
-    some = texts[:: len(texts) // _SCRIPT_TEXTS + 1]
+    """How many tokens a character takes before and after, on a part of `texts`.
+
+    The figures are by the corpora that the texts are from, `names`, about equally many texts of each; or else
+    by the script that a text is mostly written in.
+    """
+    if names is None:
+        some = texts[:: len(texts) // _SCRIPT_TEXTS + 1]
+        groups = [script(text) for text in some]
+    else:
+        of_corpus: dict[str, list[str]] = {}
+        for text, name in zip(texts, names, strict=True):
+            of_corpus.setdefault(name, []).append(text)
+        some, groups = [], []
+        for name, own in of_corpus.items():
+            part = own[:: len(own) // (_SCRIPT_TEXTS // len(of_corpus) + 1) + 1]
+            some += part
+            groups += [name] * len(part)
     sums: dict[str, list[int]] = {}
     lengths = [
         [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False)]
         for tokenizer in (original, pruned)
     ]
-    for text, before, after in zip(some, *lengths, strict=True):
-        entry = sums.setdefault(script(text), [0, 0, 0])
+    for text, group, before, after in zip(some, groups, *lengths, strict=True):
+        entry = sums.setdefault(group, [0, 0, 0])
         for place, amount in enumerate((len(text), before, after)):
             entry[place] += amount
     return {

@@ -22,11 +22,12 @@ from firefly.console import say, warn
 from firefly.errors import InputError, ModelError, OutputError, RecipeError
 from firefly.files import directory_atomic, read_lines, require_disk, sha256_file, write_json
 from firefly.prune import companions, weights
+from firefly.prune.chart import coverage_chart, coverage_curve
 from firefly.prune.copying import WeightsCopy
 from firefly.prune.counting import corpus_texts, count_tokens
 from firefly.prune.layout import find_layout
 from firefly.prune.opening import Opener
-from firefly.prune.proof import AUTO_TEXTS, prove, prove_tokenizer
+from firefly.prune.proof import AUTO_TEXTS, prove, prove_tokenizer, tokens_per_character
 from firefly.prune.proof_weights import prove_opening
 from firefly.prune.scripts import ids_in_scripts, script, token_texts
 from firefly.prune.tokenizer import added_tokens, guarded, load, read, rebuild, vocabulary
@@ -34,6 +35,7 @@ from firefly.prune.vocabulary import choose
 
 _SAMPLE_CHARACTERS = 1 << 24
 _SAMPLE_TEXT_CHARACTERS = 1 << 17
+_NUM_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class PruneResult:
     kept: dict[str, int]  # kept tokens by reason
     coverage: float  # share of the corpus' tokens that lie in the keep-set; 1 without a corpus
     scripts: dict[str, list[int]]  # tokens before and after, by script
+    dropped_examples: dict[str, list[str]]  # the first dropped tokens of each script
     dropped_added_tokens: list[str]  # reserved ones, and those that nothing names or uses
     not_in_base: list[str]  # tokens of the given tokenizer that the base lacks
     corpus_documents: int
@@ -90,6 +93,7 @@ def prune_model(
     keep_script: Sequence[str] = (),
     tokenizer_only: bool = False,
     prove_logits: bool = True,
+    chart: Path | None = None,
 ) -> PruneResult:
     """Prune the vocabulary of the model directory `base` and write it to `out`.
 
@@ -104,6 +108,7 @@ def prune_model(
         keep_script: keep every token in these scripts, such as Han, Latin, Digits.
         tokenizer_only: `base` holds no weights, or they are left alone.
         prove_logits: also compare logits in float32 (needs both models in memory, one after the other).
+        chart: a PNG file to draw when all is done: coverage of the corpus against vocabulary size.
 
     Raises `InputError`, `ModelError`, `RecipeError`, `OutputError`, or `ProofError`; `out` is then untouched.
     """
@@ -127,7 +132,7 @@ def prune_model(
 
     sample = _Sample()
     counts = _count(original, sample, [Path(path) for path in corpus], texts)
-    if not counts.sum() and tokenizer is None:
+    if not counts.sum() and (tokenizer is None or chart is not None):
         raise InputError(
             "The corpus holds no tokens; give corpus files with text, so that there is something to keep."
         )
@@ -175,6 +180,11 @@ def prune_model(
                     opener=opener,
                     copy=copy,
                 )
+        if len(set(sample.names)) > 1:
+            proof["tokens_per_character_by_corpus"] = tokens_per_character(
+                original, load(place / "tokenizer.json"), sample.texts, sample.names
+            )
+        table, examples = _scripts(original, sorted(tokens.values()), old_to_new)
         inside = counts[new_to_old[new_to_old < len(counts)]].sum()
         result = PruneResult(
             output=str(out),
@@ -187,7 +197,8 @@ def prune_model(
             closure_size=closure_size,
             kept=keep.statistics,
             coverage=float(inside / counts.sum()) if counts.sum() else 1.0,
-            scripts=_scripts(original, sorted(tokens.values()), old_to_new),
+            scripts=table,
+            dropped_examples=examples,
             dropped_added_tokens=list(keep.dropped_added),
             not_in_base=not_in_base,
             corpus_documents=sample.seen,
@@ -205,6 +216,9 @@ def prune_model(
         write_json(
             place / "prune.json", {**record, "source_sha256": source, "new_to_old": id_ranges(new_to_old)}
         )
+    if chart is not None:
+        curve = coverage_curve(content, counts, wanted | given)
+        coverage_chart(chart, *curve, chosen=(len(new_to_old), result.coverage))
     parameters = "" if tokenizer_only else f" {params_before:,} → {params_after:,} parameters,"
     checked = "tokenizer" if tokenizer_only else f"{proof['logits']} logits"
     say(
@@ -250,7 +264,12 @@ def _count(
         total += len(texts)
     elif not corpus:
         total = 0
-    return count_tokens(original, sample.passing(_chain(corpus_texts(corpus), texts)), total or None)
+    names = [path.name for path in corpus]
+    streams = [
+        sample.passing(corpus_texts([path]), path.name if names.count(path.name) == 1 else str(path))
+        for path in corpus
+    ]
+    return count_tokens(original, _chain(*streams, sample.passing(texts, "texts")), total or None)
 
 
 def _tokens_of(directory: Path, tokens: dict[str, int]) -> tuple[set[int], list[str]]:
@@ -273,14 +292,20 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _scripts(original: Tokenizer, ids: list[int], kept: dict[int, int]) -> dict[str, list[int]]:
-    """Tokens before and after, by script, the largest first."""
+def _scripts(
+    original: Tokenizer, ids: list[int], kept: dict[int, int]
+) -> tuple[dict[str, list[int]], dict[str, list[str]]]:
+    """Tokens before and after, by script, the largest first; and a few of the dropped ones."""
     table: dict[str, list[int]] = {}
+    examples: dict[str, list[str]] = {}
     for token_id, text in zip(ids, token_texts(original, ids), strict=True):
-        entry = table.setdefault(script(text), [0, 0])
+        name = script(text)
+        entry = table.setdefault(name, [0, 0])
         entry[0] += 1
         entry[1] += token_id in kept
-    return dict(sorted(table.items(), key=lambda item: -item[1][0]))
+        if token_id not in kept and len(shown := examples.setdefault(name, [])) < _NUM_EXAMPLES:
+            shown.append(text)
+    return dict(sorted(table.items(), key=lambda item: -item[1][0])), examples
 
 
 def id_ranges(ids: NDArray[np.int64]) -> str:
@@ -300,20 +325,22 @@ class _Sample:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.names: list[str] = []  # of the corpus that each text is from
         self.seen = 0
         self._room = _SAMPLE_CHARACTERS
         self._random = random.Random(0)
 
-    def passing(self, texts: Iterable[str]) -> Iterator[str]:
-        """Pass every text on, keeping some."""
+    def passing(self, texts: Iterable[str], name: str) -> Iterator[str]:
+        """Pass every text of the corpus `name` on, keeping some."""
         for text in texts:
             self.seen += 1
             kept = text[:_SAMPLE_TEXT_CHARACTERS]
             if self._room > 0:
                 self.texts.append(kept)
+                self.names.append(name)
                 self._room -= len(kept)
             elif (place := self._random.randrange(self.seen)) < len(self.texts):
-                self.texts[place] = kept
+                self.texts[place], self.names[place] = kept, name
             yield text
 
 
