@@ -8,6 +8,7 @@ stored. A tied head that is stored beside the embeddings is accepted when the tw
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -181,9 +182,10 @@ def _own_configs(base: Path, pruned: Path, new_to_old: NDArray[np.int64]) -> str
 def _foreign_configs(base: Path, pruned: Path, new_to_old: NDArray[np.int64]) -> str:
     """Defaults filled in and bookkeeping left out, the configs differ in size and ids alone."""
     with quiet_transformers():
-        old, new = (_plain(load_config(place).to_dict()) for place in (base, pruned))
-    if (size := load_config(pruned).get_text_config().vocab_size) != len(new_to_old):
+        configs = [load_config(place) for place in (base, pruned)]
+    if (size := configs[1].get_text_config().vocab_size) != len(new_to_old):
         raise failed(f"config.json: vocab_size is {size}, not {len(new_to_old)}")
+    old, new = (_plain(json.loads(config.to_json_string(use_diff=False))) for config in configs)
     num_ids = prove_config("config.json", old, new, new_to_old, sized=False)
     for name in CONFIGS[1:]:  # transformers writes it anew on saving, with what the config says
         if (base / name).is_file() and (pruned / name).is_file():
