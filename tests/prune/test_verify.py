@@ -356,7 +356,7 @@ def test_what_llmpruner_may_get_wrong_is_told(llmpruned: tuple[Path, Path], tmp_
         out = shutil.copytree(theirs, tmp_path / "damaged")
         mutate(out)
         found = details(verify(base, out, logits=False))
-        assert list(found) == [check] and sentence in found[check], found
+        assert sentence in found.get(check, ""), found
         shutil.rmtree(out)
 
     def change(name: str, by: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
