@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -99,12 +99,29 @@ def prune(
         )
 
 
-def prune_sizes(model: str | Path, *, vocab_size: int, pad_to_multiple: int = 1) -> SizeTable:
-    """Tell what pruning to `vocab_size` tokens would make of a model's size; a config.json alone is enough."""
+def prune_sizes(
+    model: str | Path,
+    *,
+    vocab_size: int,
+    pad_to_multiple: int = 1,
+    corpus: Sequence[str | Path] = (),
+    chart: str | Path | None = None,
+) -> SizeTable:
+    """Tell what pruning to `vocab_size` tokens would make of a model's size; a config.json alone is enough.
+
+    With a `corpus` (and a tokenizer) also what these tokens would cover of it; `chart` is a PNG file to draw.
+    """
     from firefly.model.hub import resolve
+    from firefly.prune.chart import coverage_beforehand
     from firefly.prune.layout import dry_run
 
-    return dry_run(resolve(str(model)), vocab_size, pad_to_multiple)
+    base = resolve(str(model))
+    table = dry_run(base, vocab_size, pad_to_multiple)
+    if not corpus and chart is None:
+        return table
+    paths, picture = [Path(path) for path in corpus], Path(chart) if chart else None
+    share, sizes = coverage_beforehand(base, paths, table.vocab_after, picture)
+    return replace(table, coverage=share, coverage_sizes=sizes)
 
 
 def prune_remap(

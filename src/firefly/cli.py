@@ -123,9 +123,13 @@ def _size_lines(table: Any) -> list[str]:
         ),
         ("bytes", f"{table.bytes_before:,}", f"{table.bytes_after:,}", "", ""),
     ]
-    return [
+    lines = [
         f"{name:10} {old:>16} {new:>16} {share:>8}  {peer}".rstrip() for name, old, new, share, peer in counts
     ]
+    if table.coverage is not None:
+        needed = ", ".join(f"{mark} by {size:,}" for mark, size in table.coverage_sizes.items())
+        lines.append(f"{table.coverage:.3%} of the corpus' tokens would be kept ({needed})")
+    return lines
 
 
 _MOST_SCRIPTS = 12
@@ -202,7 +206,11 @@ def prune(
         bool, typer.Option("--tokenizer-only", help="Leave weights alone; the model may lack them.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell the sizes for --vocab-size; config.json is enough.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only tell the sizes for --vocab-size (config.json is enough), and what it covers of --corpus.",
+        ),
     ] = False,
     skip_logits_proof: Annotated[
         bool,
@@ -232,7 +240,9 @@ def prune(
     if dry_run:
         if vocab_size is None:
             raise typer.BadParameter("--dry-run needs --vocab-size.")
-        table = api.prune_sizes(model, vocab_size=vocab_size, pad_to_multiple=pad_to_multiple)
+        table = api.prune_sizes(
+            model, vocab_size=vocab_size, pad_to_multiple=pad_to_multiple, corpus=corpus or [], chart=chart
+        )
         _show(table, as_json, _size_lines)
         return
     if verify is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from firefly import api
 from firefly.cli import main
 from firefly.errors import InputError, OutputError
 from firefly.prune import prune_model
@@ -88,3 +90,28 @@ def test_a_chart_needs_a_corpus_and_a_place(base: Path, texts: list[str], tmp_pa
     with pytest.raises(InputError, match="holds no tokens"):
         prune_model(base, tmp_path / "out", tokenizer=base, tokenizer_only=True, chart=tmp_path / "a.png")
     assert not (tmp_path / "out").exists()
+
+
+def test_looking_before_leaping_tells_what_pruning_then_covers(
+    bases: Callable[[str], Path], texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, corpus, picture = bases("qwen3-tied"), tmp_path / "a.txt", tmp_path / "a.png"
+    corpus.write_text("\n".join(texts), "utf-8")
+    for size in (380, 400, 470):
+        table = api.prune_sizes(base, vocab_size=size, corpus=[corpus])
+        pruned = prune_model(
+            base, tmp_path / "out", vocab_size=size, corpus=[corpus], tokenizer_only=True, prove_logits=False
+        )
+        assert table.coverage == pruned.coverage
+        sizes = table.coverage_sizes or {}
+        whole = prune_model(base, tmp_path / "out", coverage=1.0, corpus=[corpus], tokenizer_only=True)
+        assert sizes["100 %"] == whole.vocab_after
+    command = ["prune", str(base), "--dry-run", "-n", "400", "-c", str(corpus), "--chart", str(picture), "-q"]
+    with pytest.raises(SystemExit) as end:
+        main(command)
+    assert end.value.code == 0 and "of the corpus' tokens would be kept (99 % by" in capsys.readouterr().out
+    assert (
+        picture.read_bytes().startswith(b"\x89PNG") and api.prune_sizes(base, vocab_size=400).coverage is None
+    )
+    with pytest.raises(InputError, match="holds no tokens"):
+        api.prune_sizes(base, vocab_size=400, chart=picture)

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from firefly import plots
-from firefly.prune.tokenizer import Json, referenced_ids, vocabulary
-from firefly.prune.vocabulary import base_symbols, closure
+from firefly.errors import InputError
+from firefly.prune import companions
+from firefly.prune.counting import corpus_texts, count_tokens
+from firefly.prune.tokenizer import Json, added_tokens, load, read, referenced_ids, vocabulary
+from firefly.prune.vocabulary import base_symbols, choose, closure
 
 _MARKS = (0.99, 0.999, 0.9999)
+
+
+def coverage_beforehand(
+    base: Path, corpus: Sequence[Path], vocab_size: int, chart: Path | None = None
+) -> tuple[float, dict[str, int]]:
+    """What `vocab_size` tokens would cover of a corpus, and the sizes that cover 99, 99.9, 99.99 and 100 %.
+
+    Counts without pruning; of `base`, the tokenizer and the configs are enough. `chart`: a PNG file to draw.
+    """
+    content = read(base / "tokenizer.json")
+    counts = count_tokens(load(content), corpus_texts(corpus))
+    if not counts.sum():
+        raise InputError("The corpus holds no tokens; give corpus files with text.")
+    tokens = vocabulary(content)
+    wanted = companions.required_ids(base, tokens, {token["content"] for token in added_tokens(content)})
+    sizes, coverages = coverage_curve(content, counts, wanted)
+    kept = choose(content, counts, vocab_size, wanted).new_to_old
+    covered = float(counts[kept[kept < len(counts)]].sum() / counts.sum())
+    if chart is not None:
+        coverage_chart(chart, sizes, coverages, (vocab_size, covered))
+    return covered, {f"{100 * mark:g} %": int(sizes[np.argmax(coverages >= mark)]) for mark in (*_MARKS, 1.0)}
 
 
 def coverage_curve(
