@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import SPLITS, Tokens, encode_dataset
 from firefly.errors import FireflyError, InputError, ModelError, OutputError
 from firefly.prune import prune_model
+from firefly.prune.counting import corpus_texts
 from firefly.prune.idmap import find_id_map
 from firefly.prune.remap import _Translation, remap
 from firefly.recipe import DataSection
@@ -228,6 +230,56 @@ print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n" and (tmp_path / "out" / "index.json").is_file()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("name", "eos"),
+    [
+        ("qwen3", "<|im_end|>"),
+        ("llama2", "</s>"),
+        ("llama3", "<|eot_id|>"),
+        ("gemma3", "<eos>"),
+        ("gpt2", "<|endoftext|>"),
+        ("t5_small", "</s>"),
+        ("bert_base_cased", "[SEP]"),
+    ],
+)
+def test_real_tokenizers_carry_real_text_as_if_encoded_anew(
+    name: str, eos: str, shared: Path, tmp_path: Path
+) -> None:
+    base, pruned = tmp_path / "base", tmp_path / "pruned"
+    base.mkdir()
+    shutil.copy(shared / "tokenizers" / name / "tokenizer.json", base)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    (base / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    corpora = (("zh_modern_misc", 600), ("en_modern", 200), ("other_languages", 200))
+    texts = [
+        text
+        for corpus, count in corpora
+        for text in islice(corpus_texts([shared / "data" / "text" / f"{corpus}.jsonl.zst"]), count)
+    ]
+    rows = [
+        {"kind": "K", "input": one[:300], "target": two[:400]}
+        for one, two in zip(texts[::2], texts[1::2], strict=True)
+    ]
+    source = tmp_path / "p.jsonl"
+    source.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    prune_model(base, pruned, coverage=0.995, texts=texts[:500], tokenizer_only=True)
+    before = encode(base, source, tmp_path / "before", max_seq_length=10_000)
+    anew = encode(pruned, source, tmp_path / "anew", max_seq_length=10_000)
+    result = remap(base, before, tmp_path / "after", pruned, drop_outside=True)
+    assert result.changed > 100
+    lossy = name in ("t5_small", "bert_base_cased")  # what was unknown has no text to tokenize anew
+    assert len(result.dropped) == 0 or lossy
+    for split in SPLITS:
+        carried, expected = Tokens.open(tmp_path / "after", split), Tokens.open(anew, split)
+        of_origin = {int(origin): number for number, origin in enumerate(expected.origins)}
+        assert len(carried) > (0 if lossy else 10)
+        for number in range(len(carried)):
+            found, wanted = carried.sample(number), expected.sample(of_origin[int(carried.origins[number])])
+            assert found.ids.tolist() == wanted.ids.tolist()
+            assert found.mask.tolist() == wanted.mask.tolist()
 
 
 # --- adapters ---------------------------------------------------------------------------------------------
