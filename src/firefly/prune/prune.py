@@ -29,7 +29,7 @@ from firefly.prune.opening import Opener
 from firefly.prune.proof import AUTO_TEXTS, prove, prove_tokenizer
 from firefly.prune.proof_weights import prove_opening
 from firefly.prune.scripts import ids_in_scripts, script, token_texts
-from firefly.prune.tokenizer import added_tokens, guarded, load, read, rebuild, vocabulary
+from firefly.prune.tokenizer import added_tokens, guarded, load, read, rebuild, vocabulary, write
 from firefly.prune.vocabulary import choose
 
 _SAMPLE_CHARACTERS = 1 << 24
@@ -115,7 +115,7 @@ def prune_model(
             f"The model directory {base} does not exist; give a directory in Hugging Face layout."
         )
     content = read(base / "tokenizer.json")
-    original = load(content)
+    original = load(base / "tokenizer.json", content)
     tokens = vocabulary(content)
     files: list[Path] = []
     layout = None
@@ -150,7 +150,7 @@ def prune_model(
     with directory_atomic(out) as place:
 
         def write_small_files() -> None:
-            write_json(place / "tokenizer.json", rebuild(content, new_to_old))
+            write(place / "tokenizer.json", rebuild(content, new_to_old))
             companions.write(base, place, old_to_new, len(new_to_old))
 
         params_before = params_after = 0
