@@ -8,6 +8,7 @@ stored. A tied head that is stored beside the embeddings is accepted when the tw
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from firefly.errors import FireflyError, ModelError, ProofError
 from firefly.model.hub import quiet_transformers
@@ -96,6 +98,14 @@ def verify(base: Path, pruned: Path, *, corpus: Iterable[Path] = (), logits: boo
         except FireflyError as error:
             what = error.what if isinstance(error, ProofError) and error.what else str(error)
             checks.append(Check(name, "failed", what))
+        except (
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            OSError,
+        ) as error:  # files of any shape may lie there
+            checks.append(Check(name, "failed", f"a file is damaged or of an unknown shape ({error!r})"))
 
     def skip(name: str, why: str) -> None:
         checks.append(Check(name, "skipped", why))
@@ -114,13 +124,17 @@ def verify(base: Path, pruned: Path, *, corpus: Iterable[Path] = (), logits: boo
         return VerifyResult(str(base), str(pruned), checks)
     (new_to_old,) = found
 
+    @functools.cache
+    def tokenizers() -> tuple[Tokenizer, Tokenizer]:
+        return load(base / "tokenizer.json"), load(pruned / "tokenizer.json")
+
     if own:
         check("record", lambda: _prove_record(pruned, new_to_old))
     else:
         skip("record", f"no {RECORD}: not made by Firefly, or made by an early version")
     check("tokenizer", lambda: _prove_stages(base, pruned, new_to_old))
-    check("kept tokens", lambda: _prove_tokens(base, pruned, new_to_old))
-    check("texts", lambda: _prove_texts(base, pruned, new_to_old, corpus))
+    check("kept tokens", lambda: _prove_tokens(*tokenizers(), new_to_old))
+    check("texts", lambda: _prove_texts(*tokenizers(), new_to_old, corpus))
     if (base / "tokenizer_config.json").is_file():
         sample = list(PROBES) + list(islice(corpus_texts(corpus), AUTO_TEXTS))
         check("opening", lambda: _prove_opening(base, pruned, new_to_old, sample))
@@ -157,16 +171,19 @@ def _prove_stages(base: Path, pruned: Path, new_to_old: NDArray[np.int64]) -> st
     return "ids, merges or scores, and every stage are the original's"
 
 
-def _prove_tokens(base: Path, pruned: Path, new_to_old: NDArray[np.int64]) -> str:
-    proven = prove_tokens(load(base / "tokenizer.json"), load(pruned / "tokenizer.json"), new_to_old)
+def _prove_tokens(original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.int64]) -> str:
+    proven = prove_tokens(original, pruned, new_to_old)
     return f"{proven['tokens_rederived']:,} of {proven['tokens_kept']:,} derived again, the others only by lookup"
 
 
-def _prove_texts(base: Path, pruned: Path, new_to_old: NDArray[np.int64], corpus: Iterable[Path]) -> str:
-    whole, restricted = load(base / "tokenizer.json"), load(pruned / "tokenizer.json")
-    texts = 0
-    for source in (made_up_texts(whole, new_to_old, _MADE_UP_TEXTS), chain(PROBES, corpus_texts(corpus))):
-        texts += prove_texts(whole, restricted, new_to_old, source)["documents_checked"]
+def _prove_texts(
+    original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.int64], corpus: Iterable[Path]
+) -> str:
+    made_up = made_up_texts(original, new_to_old, _MADE_UP_TEXTS)
+    texts = sum(
+        prove_texts(original, pruned, new_to_old, source)["documents_checked"]
+        for source in (made_up, chain(PROBES, corpus_texts(corpus)))
+    )
     return f"{texts:,} texts keep their tokens inside the vocabulary, and round-trip outside"
 
 
