@@ -85,8 +85,9 @@ def test_corpora_of_one_name_are_told_apart(base: Path, tmp_path: Path) -> None:
 def test_a_chart_needs_a_corpus_and_a_place(base: Path, texts: list[str], tmp_path: Path) -> None:
     counts = count_tokens(load(json.loads((base / "tokenizer.json").read_text("utf-8"))), texts)
     curve = coverage_curve(json.loads((base / "tokenizer.json").read_text("utf-8")), counts)
-    with pytest.raises(OutputError, match="Cannot write the picture"):
-        coverage_chart(tmp_path / "nowhere" / "a.png", *curve, chosen=(300, 0.5))
+    coverage_chart(tmp_path / "new" / "a.png", *curve, chosen=(300, 0.5))
+    with pytest.raises(OutputError, match="Cannot write"):
+        coverage_chart(tmp_path / "new" / "a.png" / "b.png", *curve, chosen=(300, 0.5))
     with pytest.raises(InputError, match="holds no tokens"):
         prune_model(base, tmp_path / "out", tokenizer=base, tokenizer_only=True, chart=tmp_path / "a.png")
     assert not (tmp_path / "out").exists()

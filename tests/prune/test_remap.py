@@ -205,7 +205,14 @@ def test_what_does_not_belong_together_is_refused(places: tuple[Path, Path], tmp
     (what / "index.json").write_text(json.dumps(index | {"tokenizer_sha256": "0" * 64}), "utf-8")
     refused(ModelError, "was made with another tokenizer")
     damaged = shutil.copytree(pruned, tmp_path / "damaged")
-    for record in ('{"new_to_old": "0-9"}', '{"new_to_old": "x", "source_sha256": {}}', "[]", "{"):
+    huge = json.loads((pruned / "prune.json").read_text("utf-8")) | {"new_to_old": "0-99999999999"}
+    for record in (
+        json.dumps(huge),
+        '{"new_to_old": "0-9"}',
+        '{"new_to_old": "x", "source_sha256": {}}',
+        "[]",
+        "{",
+    ):
         (damaged / "prune.json").write_text(record, "utf-8")
         refused(ModelError, r"prune\.json", pruned=damaged)
 

@@ -273,6 +273,18 @@ MUTATIONS: dict[str, tuple[str, Callable[[Path, Path], None], str, str]] = {
         "tokenizer",
         "the score of '.+' is not the original's",
     ),
+    "a tokenizer of another shape": (
+        "qwen3-untied",
+        in_file("tokenizer.json", lambda content: content["post_processor"].update(special_tokens=[3])),
+        "tokenizer",
+        "damaged or of an unknown shape",
+    ),
+    "no tokenizer": (
+        "qwen3-untied",
+        lambda _, out: (out / "tokenizer.json").unlink(),
+        "texts",
+        "has no tokenizer.json",
+    ),
     "another size in prune.json": (
         "qwen3-untied",
         in_file("prune.json", lambda record: record.update(vocab_after=449)),

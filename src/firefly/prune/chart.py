@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from firefly import plots
 from firefly.errors import InputError
+from firefly.files import writing_to
 from firefly.prune import companions
 from firefly.prune.counting import corpus_texts, count_tokens
 from firefly.prune.tokenizer import Json, added_tokens, load, read, referenced_ids, vocabulary
@@ -70,6 +71,8 @@ def coverage_chart(
 ) -> None:
     """Draw the curve with the `chosen` (size, coverage), and the sizes that reach 99, 99.9 and 99.99 %."""
     reached = {mark: int(sizes[np.argmax(coverages >= mark)]) for mark in _MARKS if coverages[-1] >= mark}
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with plots.figure(path) as axes:
         # Beyond the last token that the corpus uses, a larger vocabulary covers no more.
         axes.plot(

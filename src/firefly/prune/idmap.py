@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from firefly.errors import ModelError
 from firefly.files import sha256_file
 from firefly.prune.prune import parse_id_ranges
-from firefly.prune.tokenizer import read, read_json, vocabulary
+from firefly.prune.tokenizer import MOST_IDS, read, read_json, vocabulary
 
 RECORD = "prune.json"
 
@@ -28,6 +29,8 @@ def recorded_id_map(base: Path, pruned: Path) -> NDArray[np.int64]:
     record = read_json(pruned / RECORD)
     try:
         made_from = record["source_sha256"]["tokenizer"]
+        if any(int(number) >= MOST_IDS for number in re.findall(r"\d+", record["new_to_old"])):
+            raise ValueError("an id beyond every real vocabulary")  # or a range of terabytes
         new_to_old = parse_id_ranges(record["new_to_old"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(

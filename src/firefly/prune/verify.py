@@ -8,6 +8,7 @@ stored. A tied head that is stored beside the embeddings is accepted when the tw
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from firefly.errors import FireflyError, ModelError, ProofError
 from firefly.model.hub import quiet_transformers
@@ -38,7 +40,11 @@ from firefly.prune.proof_weights import (
 from firefly.prune.tokenizer import load, read, read_json
 from firefly.prune.weights import Tensor, read_header, shards
 
+_TOKENIZER_CHECKS = ("record", "tokenizer", "kept tokens", "texts", "opening")
+_MODEL_CHECKS = ("configs", "weights", "logits")
 _MADE_UP_TEXTS = 5000
+# What reading a file of an unforeseen shape raises; a directory to be verified may hold anything.
+_DAMAGE = (AttributeError, LookupError, TypeError, ValueError, OSError)
 # What a config says of the program that wrote it, and of the size, which is compared with the rows.
 _BOOKKEEPING = {
     "_name_or_path",
@@ -88,57 +94,72 @@ def verify(base: Path, pruned: Path, *, corpus: Iterable[Path] = (), logits: boo
         if not place.is_dir():
             raise ModelError(f"The model directory {place} does not exist; check the path.")
     own = (pruned / RECORD).is_file()
-    checks: list[Check] = []
-
-    def check(name: str, claim: Callable[[], str]) -> None:
-        try:
-            checks.append(Check(name, "passed", claim()))
-        except FireflyError as error:
-            what = error.what if isinstance(error, ProofError) and error.what else str(error)
-            checks.append(Check(name, "failed", what))
-
-    def skip(name: str, why: str) -> None:
-        checks.append(Check(name, "skipped", why))
-
+    report = _Report()
     found: list[NDArray[np.int64]] = []
 
     def id_map() -> str:
         found.append(find_id_map(base, pruned))
         return f"{len(found[0]):,} tokens, told by {RECORD if own else 'the token strings'}"
 
-    check("id map", id_map)
-    rest = ("record", "tokenizer", "kept tokens", "texts", "opening", "configs", "weights", "logits")
+    @functools.cache
+    def tokenizers() -> tuple[Tokenizer, Tokenizer]:
+        return load(base / "tokenizer.json"), load(pruned / "tokenizer.json")
+
+    report.check("id map", id_map)
     if not found:
-        for name in rest:
-            skip(name, "without the id map there is nothing to compare")
-        return VerifyResult(str(base), str(pruned), checks)
+        report.skip("without the id map there is nothing to compare", *_TOKENIZER_CHECKS, *_MODEL_CHECKS)
+        return VerifyResult(str(base), str(pruned), report.checks)
     (new_to_old,) = found
 
     if own:
-        check("record", lambda: _prove_record(pruned, new_to_old))
+        report.check("record", lambda: _prove_record(pruned, new_to_old))
     else:
-        skip("record", f"no {RECORD}: not made by Firefly, or made by an early version")
-    check("tokenizer", lambda: _prove_stages(base, pruned, new_to_old))
-    check("kept tokens", lambda: _prove_tokens(base, pruned, new_to_old))
-    check("texts", lambda: _prove_texts(base, pruned, new_to_old, corpus))
+        report.skip(f"no {RECORD}: another program made it", "record")
+    report.check("tokenizer", lambda: _prove_stages(base, pruned, new_to_old))
+    report.check("kept tokens", lambda: _prove_tokens(*tokenizers(), new_to_old))
+    report.check("texts", lambda: _prove_texts(*tokenizers(), new_to_old, corpus))
     if (base / "tokenizer_config.json").is_file():
         sample = list(PROBES) + list(islice(corpus_texts(corpus), AUTO_TEXTS))
-        check("opening", lambda: _prove_opening(base, pruned, new_to_old, sample))
+        report.check("opening", lambda: _prove_opening(base, pruned, new_to_old, sample))
     else:
-        skip("opening", "without a tokenizer_config.json, transformers cannot tell the tokenizer's class")
+        report.skip(
+            "without tokenizer_config.json, transformers cannot tell the tokenizer's class", "opening"
+        )
+
     if own and not read_json(pruned / RECORD).get("bytes_after"):
-        for name in rest[5:]:
-            skip(name, "pruned with --tokenizer-only")
-        return VerifyResult(str(base), str(pruned), checks)
-    check("configs", lambda: (_own_configs if own else _foreign_configs)(base, pruned, new_to_old))
-    check("weights", lambda: (_own_weights if own else _foreign_weights)(base, pruned, new_to_old))
+        report.skip("pruned with --tokenizer-only", *_MODEL_CHECKS)
+        return VerifyResult(str(base), str(pruned), report.checks)
+    report.check("configs", lambda: (_own_configs if own else _foreign_configs)(base, pruned, new_to_old))
+    report.check("weights", lambda: (_own_weights if own else _foreign_weights)(base, pruned, new_to_old))
     if not logits:
-        skip("logits", "left out, as asked")
-    elif checks[-1].status == "failed":
-        skip("logits", "with other weights they are others")
+        report.skip("left out, as asked", "logits")
+    elif report.checks[-1].status == "failed":
+        report.skip("with other weights they are others", "logits")
     else:
-        check("logits", lambda: str(prove_logits(base, pruned, new_to_old)["logits"]))
-    return VerifyResult(str(base), str(pruned), checks)
+        report.check("logits", lambda: str(prove_logits(base, pruned, new_to_old)["logits"]))
+    return VerifyResult(str(base), str(pruned), report.checks)
+
+
+class _Report:
+    """Checks as they are run; whatever one raises is its failure."""
+
+    def __init__(self) -> None:
+        self.checks: list[Check] = []
+
+    def check(self, name: str, claim: Callable[[], str]) -> None:
+        """Run one check; `claim` returns what holds, or raises."""
+        try:
+            self.checks.append(Check(name, "passed", claim()))
+        except FireflyError as error:
+            what = error.what if isinstance(error, ProofError) and error.what else str(error)
+            self.checks.append(Check(name, "failed", what))
+        except _DAMAGE as error:
+            what = f"a file is damaged or of an unknown shape ({error!r})"
+            self.checks.append(Check(name, "failed", what))
+
+    def skip(self, why: str, *names: str) -> None:
+        """Tell that checks were not run."""
+        self.checks += [Check(name, "skipped", why) for name in names]
 
 
 def _prove_record(pruned: Path, new_to_old: NDArray[np.int64]) -> str:
@@ -157,16 +178,19 @@ def _prove_stages(base: Path, pruned: Path, new_to_old: NDArray[np.int64]) -> st
     return "ids, merges or scores, and every stage are the original's"
 
 
-def _prove_tokens(base: Path, pruned: Path, new_to_old: NDArray[np.int64]) -> str:
-    proven = prove_tokens(load(base / "tokenizer.json"), load(pruned / "tokenizer.json"), new_to_old)
+def _prove_tokens(original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.int64]) -> str:
+    proven = prove_tokens(original, pruned, new_to_old)
     return f"{proven['tokens_rederived']:,} of {proven['tokens_kept']:,} derived again, the others only by lookup"
 
 
-def _prove_texts(base: Path, pruned: Path, new_to_old: NDArray[np.int64], corpus: Iterable[Path]) -> str:
-    whole, restricted = load(base / "tokenizer.json"), load(pruned / "tokenizer.json")
-    texts = 0
-    for source in (made_up_texts(whole, new_to_old, _MADE_UP_TEXTS), chain(PROBES, corpus_texts(corpus))):
-        texts += prove_texts(whole, restricted, new_to_old, source)["documents_checked"]
+def _prove_texts(
+    original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.int64], corpus: Iterable[Path]
+) -> str:
+    made_up = made_up_texts(original, new_to_old, _MADE_UP_TEXTS)
+    texts = sum(
+        prove_texts(original, pruned, new_to_old, source)["documents_checked"]
+        for source in (made_up, chain(PROBES, corpus_texts(corpus)))
+    )
     return f"{texts:,} texts keep their tokens inside the vocabulary, and round-trip outside"
 
 
