@@ -12,7 +12,15 @@ import pyarrow
 import pytest
 
 from firefly.errors import InputError, OutputError
-from firefly.files import directory_atomic, exclusive, read_json_lines, read_lines, require_disk, write_atomic
+from firefly.files import (
+    directory_atomic,
+    exclusive,
+    exclusive_beside,
+    read_json_lines,
+    read_lines,
+    require_disk,
+    write_atomic,
+)
 
 
 def test_a_failed_directory_leaves_the_old_one(tmp_path: Path) -> None:
@@ -64,6 +72,23 @@ def test_a_directory_is_held_by_one_process(tmp_path: Path) -> None:
     ):
         pass
     with exclusive(tmp_path, "training"):
+        pass
+
+
+def test_a_name_is_held_before_it_exists_and_no_lock_stays(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    for _ in range(2):
+        with exclusive_beside(out, "pruning"):
+            with (
+                pytest.raises(OutputError, match=r"Another process is working in .*out \(pruning\)"),
+                exclusive_beside(out, "pruning"),
+            ):
+                pass
+            with directory_atomic(out) as place, exclusive_beside(out.with_name("other"), "x"):
+                (place / "a").touch()
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+    (out.parent / ".out.lock").touch()  # of a process that was killed
+    with exclusive_beside(out, "pruning"):
         pass
 
 

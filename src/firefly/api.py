@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # the functions import what they need, so that `firefly --hel
     from firefly.data.survey import StatsResult
     from firefly.prune.layout import SizeTable
     from firefly.prune.prune import PruneResult
+    from firefly.prune.remap import RemapResult
+    from firefly.prune.verify import VerifyResult
 
 __all__ = [
     "VersionResult",
@@ -40,7 +42,9 @@ __all__ = [
     "demo",
     "evaluate",
     "prune",
+    "prune_remap",
     "prune_sizes",
+    "prune_verify",
     "run",
     "train",
     "version",
@@ -69,36 +73,83 @@ def prune(
     keep_script: Sequence[str] = (),
     tokenizer_only: bool = False,
     prove_logits: bool = True,
+    chart: str | Path | None = None,
 ) -> PruneResult:
     """Prune a model's vocabulary to the tokens that a corpus uses, and prove that nothing else changed.
 
     Exactly one of `vocab_size`, `coverage` (a share of the corpus' tokens) and `tokenizer` (a directory whose
-    tokens to keep) says how much stays; `tokenizer_only` prunes a directory without its weights.
+    tokens to keep) says how much stays; `tokenizer_only` prunes a directory without its weights. `chart` is a
+    PNG file to draw: coverage against vocabulary size.
     """
+    from firefly.files import exclusive_beside
     from firefly.model.hub import resolve
     from firefly.prune.prune import prune_model
 
-    return prune_model(
-        resolve(str(model)),
-        Path(output),
-        vocab_size=vocab_size,
-        coverage=coverage,
-        tokenizer=Path(tokenizer) if tokenizer else None,
-        corpus=[Path(path) for path in corpus],
-        pad_to_multiple=pad_to_multiple,
-        keep_file=Path(keep_file) if keep_file else None,
-        keep_script=keep_script,
-        tokenizer_only=tokenizer_only,
-        prove_logits=prove_logits,
-    )
+    base = resolve(str(model))
+    with exclusive_beside(Path(output), "firefly prune"):
+        return prune_model(
+            base,
+            Path(output),
+            vocab_size=vocab_size,
+            coverage=coverage,
+            tokenizer=Path(tokenizer) if tokenizer else None,
+            corpus=[Path(path) for path in corpus],
+            pad_to_multiple=pad_to_multiple,
+            keep_file=Path(keep_file) if keep_file else None,
+            keep_script=keep_script,
+            tokenizer_only=tokenizer_only,
+            prove_logits=prove_logits,
+            chart=Path(chart) if chart else None,
+        )
 
 
-def prune_sizes(model: str | Path, *, vocab_size: int, pad_to_multiple: int = 1) -> SizeTable:
-    """Tell what pruning to `vocab_size` tokens would make of a model's size; a config.json alone is enough."""
+def prune_sizes(
+    model: str | Path,
+    *,
+    vocab_size: int,
+    pad_to_multiple: int = 1,
+    corpus: Sequence[str | Path] = (),
+    chart: str | Path | None = None,
+) -> SizeTable:
+    """Tell what pruning to `vocab_size` tokens would make of a model's size; a config.json alone is enough.
+
+    With a `corpus` (and a tokenizer) also what these tokens would cover of it; `chart` is a PNG file to draw.
+    """
     from firefly.model.hub import resolve
+    from firefly.prune.chart import coverage_beforehand
     from firefly.prune.layout import dry_run
 
-    return dry_run(resolve(str(model)), vocab_size, pad_to_multiple)
+    base = resolve(str(model))
+    table = dry_run(base, vocab_size, pad_to_multiple)
+    if not corpus and chart is None:
+        return table
+    paths, picture = [Path(path) for path in corpus], Path(chart) if chart else None
+    share, sizes = coverage_beforehand(base, paths, table.vocab_after, picture)
+    return replace(table, coverage=share, coverage_sizes=sizes)
+
+
+def prune_remap(
+    model: str | Path, what: str | Path, output: str | Path, *, pruned: str | Path, drop_outside: bool = False
+) -> RemapResult:
+    """Carry a tokens directory or a LoRA adapter of `model` over to the model pruned from it.
+
+    `drop_outside` leaves out what the pruned vocabulary cannot hold, and lists it.
+    """
+    from firefly.model.hub import resolve
+    from firefly.prune.remap import remap
+
+    return remap(resolve(str(model)), Path(what), Path(output), Path(pruned), drop_outside=drop_outside)
+
+
+def prune_verify(
+    model: str | Path, pruned: str | Path, *, corpus: Sequence[str | Path] = (), prove_logits: bool = True
+) -> VerifyResult:
+    """Prove again that the directory `pruned`, made by Firefly or LLMPruner, is `model` with fewer tokens."""
+    from firefly.model.hub import resolve
+    from firefly.prune.verify import verify
+
+    paths = [Path(path) for path in corpus]
+    return verify(resolve(str(model)), Path(pruned), corpus=paths, logits=prove_logits)
 
 
 def data(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:

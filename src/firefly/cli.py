@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from firefly import api, console
-from firefly.errors import FireflyError, Interrupted
+from firefly.errors import FireflyError, Interrupted, ProofError
 from firefly.recipe import GenerationSection
 
 
@@ -135,9 +135,49 @@ def _size_lines(table: Any) -> list[str]:
         ),
         ("bytes", f"{table.bytes_before:,}", f"{table.bytes_after:,}", "", ""),
     ]
-    return [
+    lines = [
         f"{name:10} {old:>16} {new:>16} {share:>8}  {peer}".rstrip() for name, old, new, share, peer in counts
     ]
+    if table.coverage is not None:
+        needed = ", ".join(f"{mark} by {size:,}" for mark, size in table.coverage_sizes.items())
+        lines.append(f"{table.coverage:.3%} of the corpus' tokens would be kept ({needed})")
+    return lines
+
+
+_MOST_SCRIPTS = 12
+
+
+def _prune_lines(result: Any) -> list[str]:
+    """The sizes, and what is dropped, by script."""
+    parameters = (
+        f"{result.params_before:,} → {result.params_after:,} parameters; " if result.params_before else ""
+    )
+    dropped = sorted(
+        ((before - after, name) for name, (before, after) in result.scripts.items() if after < before),
+        reverse=True,
+    )
+    rows = [f"{'script':12} {'before':>9} {'kept':>9} {'dropped':>9}  dropped, for example"]
+    for amount, name in dropped[:_MOST_SCRIPTS]:
+        before, after = result.scripts[name]
+        examples = " ".join(repr(text) for text in result.dropped_examples[name])
+        rows.append(f"{name:12} {before:9,} {after:9,} {amount:9,}  {examples}")
+    if rest := dropped[_MOST_SCRIPTS:]:
+        rows.append(f"{f'{len(rest)} others':32} {sum(amount for amount, _ in rest):9,}")
+    return [
+        f"{result.output}: {result.vocab_before:,} → {result.vocab_after:,} tokens, {parameters}proof in prune.json",
+        *(rows if dropped else []),
+    ]
+
+
+def _verify_lines(result: Any) -> list[str]:
+    return [f"{check.status:8} {check.name:12} {check.detail}" for check in result.checks]
+
+
+def _remap_lines(result: Any) -> list[str]:
+    lines = [
+        f"{result.output}: {result.carried:,} {result.unit} carried over, {result.changed:,} of them changed"
+    ]
+    return lines + [f"dropped  {what}" for what in result.dropped]
 
 
 @app.command(
@@ -146,6 +186,8 @@ def _size_lines(table: Any) -> list[str]:
         "firefly prune demo:base out/small --corpus poems.jsonl --vocab-size 8000 --pad-to-multiple 64",
         "firefly prune bigscience/bloom-1b7 --dry-run --vocab-size 46145",
         "firefly prune google/gemma-3-1b-it out/gemma-zh --corpus texts/ --coverage 0.9999 --keep-script Digits",
+        "firefly prune bigscience/bloom-1b7 --verify out/bloom-1b4-zh",
+        "firefly prune bigscience/bloom-1b7 out/adapter-zh --remap my/lora-adapter --pruned out/bloom-1b4-zh",
     )
 )
 @_keeps_what_is_done
@@ -176,11 +218,31 @@ def prune(
         bool, typer.Option("--tokenizer-only", help="Leave weights alone; the model may lack them.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell the sizes for --vocab-size; config.json is enough.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only tell the sizes for --vocab-size (config.json is enough), and what it covers of --corpus.",
+        ),
     ] = False,
     skip_logits_proof: Annotated[
         bool,
         typer.Option("--skip-logits-proof", help="Leave out the part of the proof that runs both models."),
+    ] = False,
+    chart: Annotated[
+        Path | None, typer.Option(help="Draw coverage against vocabulary size into this PNG file.")
+    ] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(help="Instead: prove that this directory is MODEL, pruned by Firefly or LLMPruner."),
+    ] = None,
+    remap: Annotated[
+        Path | None,
+        typer.Option(help="Instead: carry this tokens directory or LoRA adapter of MODEL over to --pruned."),
+    ] = None,
+    pruned: Annotated[Path | None, typer.Option(help="With --remap: the model pruned from MODEL.")] = None,
+    drop_outside: Annotated[
+        bool,
+        typer.Option("--drop-outside", help="With --remap: leave out what cannot be carried, and list it."),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -190,11 +252,25 @@ def prune(
     if dry_run:
         if vocab_size is None:
             raise typer.BadParameter("--dry-run needs --vocab-size.")
-        table = api.prune_sizes(model, vocab_size=vocab_size, pad_to_multiple=pad_to_multiple)
+        table = api.prune_sizes(
+            model, vocab_size=vocab_size, pad_to_multiple=pad_to_multiple, corpus=corpus or [], chart=chart
+        )
         _show(table, as_json, _size_lines)
+        return
+    if verify is not None:
+        proven = api.prune_verify(model, verify, corpus=corpus or [], prove_logits=not skip_logits_proof)
+        _show(proven, as_json, _verify_lines)
+        if proven.failed:
+            raise ProofError(f"{verify} is not {model} with fewer tokens: {', '.join(proven.failed)} failed.")
         return
     if output is None:
         raise typer.BadParameter("Missing argument 'OUTPUT', the directory to write.")
+    if remap is not None:
+        if pruned is None:
+            raise typer.BadParameter("--remap needs --pruned, the model pruned from MODEL.")
+        carried = api.prune_remap(model, remap, output, pruned=pruned, drop_outside=drop_outside)
+        _show(carried, as_json, _remap_lines)
+        return
     result = api.prune(
         model,
         output,
@@ -207,16 +283,9 @@ def prune(
         keep_script=[name for name in keep_script.split(",") if name.strip()],
         tokenizer_only=tokenizer_only,
         prove_logits=not skip_logits_proof,
+        chart=chart,
     )
-    _show(
-        result,
-        as_json,
-        lambda done: [
-            f"{done.output}: {done.vocab_before:,} → {done.vocab_after:,} tokens, "
-            + (f"{done.params_before:,} → {done.params_after:,} parameters; " if done.params_before else "")
-            + "proof in prune.json"
-        ],
-    )
+    _show(result, as_json, _prune_lines)
 
 
 class _BuildByDefault(TyperGroup):

@@ -35,7 +35,9 @@ class ModelError(FireflyError):
 
 
 class ProofError(FireflyError):
-    """An exactness proof failed, so nothing was written."""
+    """An exactness proof failed, so nothing was written; `what` is the disagreement alone."""
+
+    what: str = ""
 
 
 class OutputError(FireflyError):

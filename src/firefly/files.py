@@ -134,18 +134,42 @@ def exclusive(directory: Path, what: str) -> Iterator[None]:
 
     The lock goes with the process, so a killed one leaves nothing to clean up.
     """
-    with writing_to(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / ".lock").open("w")
+    with _locked(directory / ".lock", directory, what):
+        yield
+
+
+@contextlib.contextmanager
+def exclusive_beside(path: Path, what: str) -> Iterator[None]:
+    """Hold the name `path` for this process alone, whether or not it exists yet, by a lock file beside it.
+
+    For results that replace `path` as a whole, and so could not hold a lock in it. Raises as `exclusive` does.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with _locked(lock, path, what):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # while it is held: who opened it in time finds it gone, below
+                lock.unlink()
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, place: Path, what: str) -> Iterator[None]:
+    """Hold the lock file `lock`, which stands for `place`."""
+    with writing_to(place):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = lock.open("w")
     with handle:
         if os.name == "posix":
             import fcntl
 
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                if not os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
+                    raise BlockingIOError  # its holder has ended and taken it away in this very moment
+            except (BlockingIOError, FileNotFoundError) as error:
                 raise OutputError(
-                    f"Another process is working in {directory} ({what}); wait for it, or choose another output_dir."
+                    f"Another process is working in {place} ({what}); wait for it, or choose another output_dir."
                 ) from error
         yield
 

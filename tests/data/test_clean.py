@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firefly.data.clean import Duplicates, clean
+from firefly.data.clean import clean
 from firefly.data.example import Example, Message
 from firefly.data.readers import read_records
 from firefly.recipe import CleanSection
@@ -181,11 +181,3 @@ def test_traditional_text_is_no_mojibake(shared: Path) -> None:
     ):
         for _, record in read_records(shared / "data" / "pack" / f"{name}.jsonl.zst"):
             assert reason("问", record[field]) != "mojibake", record[field]
-
-
-def test_duplicates_are_found_across_kinds_sources_and_spacing() -> None:
-    duplicates = Duplicates()
-    assert duplicates(Example.of("A", "问 一", "答", "a:1")) is None
-    assert duplicates(Example.of("B", " 问  一\n", "答", "b:9")) == "duplicate"
-    assert duplicates(Example.of("A", "问 一", "答案", "a:2")) is None
-    assert duplicates(Example.plain("A", "答")) is None

@@ -155,7 +155,7 @@ def make(folder: Path, model_type: str, name: str, changes: dict[str, Any], **sa
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.normal_(0, 0.3)
-    model.save_pretrained(folder, **save)
+    model.to(save.pop("dtype", torch.float32)).save_pretrained(folder, **save)
     return folder
 
 
@@ -211,6 +211,46 @@ def test_family_is_pruned_exactly(family: Base, tmp_path: Path, name: str) -> No
     if outputs is not None:
         tied = outputs.weight is original.get_input_embeddings().weight
         assert (pruned.get_output_embeddings().weight is pruned.get_input_embeddings().weight) is tied
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in shards(folder) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda one: str(one)[6:]
+)
+@pytest.mark.parametrize("size", ["5GB", "12KB"], ids=["single", "sharded"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.endswith("tied")])
+def test_every_family_tied_or_not_in_one_file_or_many_in_every_dtype(
+    tmp_path: Path, name: str, tied: bool, size: str, dtype: torch.dtype
+) -> None:
+    model_type, cls, changes, _ = FAMILIES[name]
+    changes = {**changes, "tie_word_embeddings": tied}
+    if "text_config" in changes:
+        changes["text_config"] = {**changes["text_config"], "tie_word_embeddings": tied}
+    base = make(tmp_path / "base", model_type, cls, changes, max_shard_size=size, dtype=dtype)
+    assert len(shards(base)) == 1 if size == "5GB" else len(shards(base)) > 3
+    out = tmp_path / "out"
+    layout = cut(base, out)
+    before, after = tensors_of(base), tensors_of(out)
+    assert before.keys() == after.keys() and layout.names == {
+        key for key, tensor in before.items() if ROWS in tensor.shape
+    }
+    for key, tensor in before.items():
+        if key in layout.names:
+            tensor = tensor[..., NEW_TO_OLD] if tensor.shape[0] == 1 else tensor[NEW_TO_OLD]
+        assert after[key].dtype == tensor.dtype and torch.equal(after[key], tensor), key
+    prove_weights(base, out, NEW_TO_OLD, layout.names)
+    prove_configs(base, out, NEW_TO_OLD)
+    prove_logits(base, out, NEW_TO_OLD, streamed=False)
+    pruned = getattr(transformers, cls).from_pretrained(out)
+    assert layout.params_with(len(NEW_TO_OLD)) == pruned.num_parameters()
+    outputs = pruned.get_output_embeddings()
+    if outputs is not None:
+        assert (outputs.weight is pruned.get_input_embeddings().weight) is tied
 
 
 @pytest.mark.parametrize(

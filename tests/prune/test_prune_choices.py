@@ -12,7 +12,8 @@ import pytest
 
 from firefly import api
 from firefly.cli import main
-from firefly.errors import FireflyError, InputError, ProofError, RecipeError
+from firefly.errors import FireflyError, InputError, OutputError, ProofError, RecipeError
+from firefly.files import exclusive_beside
 from firefly.prune import PruneResult, prune_model
 from firefly.prune.counting import count_tokens
 from firefly.prune.proof import prove_tokenizer
@@ -183,6 +184,29 @@ def test_the_verb_prunes_a_tokenizer_alone(
     assert {"tokenizer.json", "prune.json"} == {path.name for path in out.iterdir()}
     again = api.prune(base, base.parent / "again", corpus=[corpus], coverage=0.99, tokenizer_only=True)
     assert again.coverage >= 0.99
+
+
+def test_two_at_once_into_one_place_are_told(base: Path, texts: list[str]) -> None:
+    out = base.parent / "out"
+    (base.parent / "a.txt").write_text("\n".join(texts), "utf-8")
+
+    def prune() -> int:
+        choices: dict[str, Any] = {"corpus": [base.parent / "a.txt"], "coverage": 0.9}
+        return api.prune(base, out, tokenizer_only=True, **choices).vocab_after
+
+    with (
+        exclusive_beside(out, "firefly prune"),
+        pytest.raises(OutputError, match="Another process is working"),
+    ):
+        prune()
+    assert not out.exists() and prune() == prune()
+    assert sorted(path.name for path in base.parent.iterdir()) == ["a.txt", "base", "out"]
+
+
+def test_a_misspelt_corpus_is_not_an_unknown_kind(base: Path, tmp_path: Path) -> None:
+    for name in ("corpus", "corpora/zh", "zh.text.old"):
+        with pytest.raises(InputError, match=f"The corpus file .*{name} does not exist"):
+            pruned(base, coverage=0.9, corpus=[tmp_path / name])
 
 
 # --- mutations: each is caught, and by its name ----------------------------------------------------------

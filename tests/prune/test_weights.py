@@ -127,20 +127,24 @@ def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_child_writes_proves_and_reports(tmp_path: Path) -> None:
     base, out = big(tmp_path / "base", 50, 8, 100), tmp_path / "out"
     out.mkdir()
-    with WeightsCopy(shards(base), out, frozenset({"embed"}), np.array([4, 2])) as copy:
+    with WeightsCopy(shards(base)) as copy:
+        copy.start(out, frozenset({"embed"}), np.array([4, 2]))
         assert copy.proof() == {"tensors_identical": 1, "tensors_row_selected": 1}
     assert load_file(out / SINGLE)["embed"].shape == (2, 8)
 
     with (
         pytest.raises(OSError, match="nowhere"),
-        WeightsCopy(shards(base), tmp_path / "nowhere", frozenset(), np.array([0])) as copy,
+        WeightsCopy(shards(base)) as copy,
     ):
+        copy.start(tmp_path / "nowhere", frozenset(), np.array([0]))
         copy.proof()
+    files = shards(base)
     (base / SINGLE).write_bytes((base / SINGLE).read_bytes()[:-1])
     with (
         pytest.raises(ModelError, match="not a sound safetensors file"),
-        WeightsCopy(shards(base), out, frozenset(), np.array([0])) as copy,
+        WeightsCopy(files) as copy,
     ):
+        copy.start(out, frozenset(), np.array([0]))
         copy.proof()
 
 
@@ -150,8 +154,9 @@ def test_a_killed_child_is_one_sentence(tmp_path: Path) -> None:
     out.mkdir()
     with (
         pytest.raises(OutputError, match="has died"),
-        WeightsCopy(shards(base), out, frozenset(), np.array([0])) as copy,
+        WeightsCopy(shards(base)) as copy,
     ):
+        copy.start(out, frozenset(), np.array([0]))
         copy._child.kill()  # type: ignore[union-attr]
         copy.proof()
 

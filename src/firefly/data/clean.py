@@ -291,21 +291,3 @@ RULES: tuple[Rule, ...] = (
     repetition,
     wrong_language,
 )
-
-
-class Duplicates:
-    """The rule that remembers: an example whose normalised messages were seen before is a `duplicate`.
-
-    Kind and source do not count. Memory is 16 bytes an example (about 100 with Python's set).
-    """
-
-    def __init__(self) -> None:
-        self._seen: set[bytes] = set()
-
-    def __call__(self, example: Example) -> str | None:
-        content = "\0".join(f"{turn.role}\1{normalised(turn.content)}" for turn in example.messages)
-        key = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if key in self._seen:
-            return "duplicate"
-        self._seen.add(key)
-        return None

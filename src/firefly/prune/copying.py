@@ -26,12 +26,13 @@ _CODE = (
 
 
 class WeightsCopy:
-    """`select_rows`, then `prove_weights`; a context manager that starts at once and kills what has not ended."""
+    """`select_rows`, then `prove_weights`; a context manager that kills what has not ended.
 
-    def __init__(
-        self, files: list[Path], out: Path, names: frozenset[str], new_to_old: NDArray[np.int64]
-    ) -> None:
-        self._files, self._out, self._names, self._new_to_old = files, out, names, new_to_old
+    A process for large `files` starts at once, and has everything imported when `start` says what to write.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = files
         self._child: subprocess.Popen[str] | None = None
         if sum(path.stat().st_size for path in files) < _OWN_PROCESS_BYTES:
             return
@@ -42,8 +43,14 @@ class WeightsCopy:
             stderr=subprocess.PIPE,
             encoding="utf-8",
         )
+
+    def start(self, out: Path, names: frozenset[str], new_to_old: NDArray[np.int64]) -> None:
+        """Begin to write into `out` (see `select_rows`)."""
+        self._out, self._names, self._new_to_old = out, names, new_to_old
+        if self._child is None:
+            return
         task = {
-            "files": [str(path) for path in files],
+            "files": [str(path) for path in self._files],
             "out": str(out),
             "names": sorted(names),
             "new_to_old": new_to_old.tolist(),

@@ -45,12 +45,11 @@ def count_tokens(tokenizer: Tokenizer, texts: Iterable[str], total: int | None =
         total: how many documents there are, for the ETA; taken from `len(texts)` where that exists.
 
     Returns:
-        counts [V] int64, V = highest id + 1.
+        counts [V] int64, V = the number of tokens, or the highest id that occurs + 1 where ids have holes.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    counts = np.zeros(size, dtype=np.int64)
+    counts = np.zeros(tokenizer.get_vocab_size(with_added_tokens=True), dtype=np.int64)
     if total is None and isinstance(texts, Sequence):
         total = len(texts)
     with progress("count tokens", total, "documents") as bar:
@@ -58,7 +57,9 @@ def count_tokens(tokenizer: Tokenizer, texts: Iterable[str], total: int | None =
             with guarded("tokenizing the corpus"):
                 encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), dtype=np.int64)
-            counts += np.bincount(ids, minlength=size)
+            found = np.bincount(ids, minlength=len(counts))
+            found[: len(counts)] += counts
+            counts = found
             bar.advance(len(batch))
     return counts
 
@@ -101,6 +102,7 @@ def corpus_texts(paths: Iterable[Path]) -> Iterator[str]:
                         )
                     yield from found
             else:
+                require_file(file, "The corpus file")
                 raise InputError(
                     f"The corpus file {file} is of an unknown kind '{file.suffix}'; use .txt, .jsonl, .json, .csv or "
                     ".tsv, each also with .gz, .xz or .zst, or .parquet."

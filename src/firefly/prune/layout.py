@@ -354,6 +354,8 @@ class SizeTable:
         int  # LLMPruner unties the head when it saves, and so counts it beside the embeddings
     )
     llmpruner_percent: float
+    coverage: float | None = None  # share of a corpus' tokens that would be kept, where one was counted
+    coverage_sizes: dict[str, int] | None = None  # the vocabulary sizes that cover 99 %, …, 100 % of it
 
 
 def dry_run(base: Path, vocab_size: int, pad_to_multiple: int = 1) -> SizeTable:

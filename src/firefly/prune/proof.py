@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tokenizers.models import Model
 
 from firefly.console import progress
 from firefly.prune.copying import WeightsCopy
@@ -33,7 +34,7 @@ from firefly.prune.tokenizer import (
     load,
     map_stage_ids,
     merge_pairs,
-    merged,
+    merge_products,
     read,
     unknown_id,
     vocabulary,
@@ -103,7 +104,8 @@ def prove_tokenizer(
     old = original[0] if original else read(base / "tokenizer.json")
     new = read(pruned / "tokenizer.json")
     prove_stages(old, new, new_to_old)
-    whole, restricted = original[1] if original else load(old), load(new)
+    whole = original[1] if original else load(base / "tokenizer.json", old)
+    restricted = load(pruned / "tokenizer.json", new)
     derived = prove_tokens(whole, restricted, new_to_old)
     made = prove_texts(whole, restricted, new_to_old, made_up_texts(whole, new_to_old, generated))
     prove_texts(whole, restricted, new_to_old, PROBES)
@@ -118,25 +120,33 @@ def prove_tokenizer(
 
 def prove_stages(old: Json, new: Json, new_to_old: NDArray[np.int64]) -> None:
     """The kept tokens have their new ids, and everything else in the file says what it said before."""
-    by_id = {token_id: token for token, token_id in vocabulary(old).items()}
-    expected = {by_id[int(old_id)]: new_id for new_id, old_id in enumerate(new_to_old)}
+    old_names, new_names = _names(old), _names(new)
+    expected = {old_names[old_id]: new_id for new_id, old_id in enumerate(new_to_old.tolist())}
     found = vocabulary(new)
     if found != expected:
         wrong = next(token for token in expected | found if expected.get(token) != found.get(token))
         raise failed(f"the token {wrong!r} has id {found.get(wrong)}, not {expected.get(wrong)}")
-    by_id = {new_id: token for token, new_id in expected.items()}
     for stage in ("normalizer", "pre_tokenizer", "decoder", "truncation"):
         if old.get(stage) != new.get(stage):
             raise failed(f"the tokenizer's {stage} has changed")
     for stage in ("post_processor", "padding", "added_tokens"):
-        if _by_name(stage, old, expected) != _by_name(stage, new, expected):
+        if _by_name(stage, old, old_names, expected) != _by_name(stage, new, new_names, expected):
             raise failed(f"the tokenizer's {stage} inserts other tokens than before")
-    _prove_model(old, new, new_to_old)
+    unknown = unknown_id(old), unknown_id(new)
+    if (None if unknown[0] is None else old_names[unknown[0]]) != (
+        None if unknown[1] is None else new_names.get(unknown[1])
+    ):
+        raise failed(f"the unknown token's id is {unknown[1]}, which stands for another token")
+    _prove_model(old["model"], new["model"], new_to_old)
 
 
-def _by_name(stage: str, content: Json, kept: dict[str, int]) -> Any:
+def _names(content: Json) -> dict[int, str]:
+    """Every token by its id."""
+    return {token_id: token for token, token_id in vocabulary(content).items()}
+
+
+def _by_name(stage: str, content: Json, names: dict[int, str], kept: dict[str, int]) -> Any:
     """A stage of tokenizer.json with tokens in the place of ids."""
-    names = {token_id: token for token, token_id in vocabulary(content).items()}
     value = json.loads(json.dumps(content.get(stage)))
     if stage == "post_processor":
         map_stage_ids(value, names.__getitem__)
@@ -148,28 +158,20 @@ def _by_name(stage: str, content: Json, kept: dict[str, int]) -> Any:
     return value
 
 
-def _prove_model(old: Json, new: Json, new_to_old: NDArray[np.int64]) -> None:
+def _prove_model(before: Json, after: Json, new_to_old: NDArray[np.int64]) -> None:
     """The model's options are the original's; merges (BPE) and scores (Unigram) are those of the kept tokens."""
-    before, after = old["model"], new["model"]
     for key in (before | after).keys() - {"vocab", "merges", "unk_id"}:
         if before.get(key) != after.get(key):
             raise failed(f"the tokenizer model's {key} has changed")
-    names = [{token_id: token for token, token_id in vocabulary(content).items()} for content in (old, new)]
-    unknown = unknown_id(old), unknown_id(new)
-    if (None if unknown[0] is None else names[0][unknown[0]]) != (
-        None if unknown[1] is None else names[1].get(unknown[1])
-    ):
-        raise failed(f"the unknown token's id is {unknown[1]}, which stands for another token")
     if "merges" in before:
         kept = after["vocab"]
-        wanted = (
-            pair
-            for pair in merge_pairs(before)
-            if pair[0] in kept and pair[1] in kept and merged(before, *pair) in kept
-        )
-        for place, (left, right) in enumerate(zip_longest(wanted, merge_pairs(after))):
-            if left != right:
-                raise failed(f"merge {place} of the pruned tokenizer is {right}, not {left}")
+        pairs, found = merge_pairs(before), merge_pairs(after)
+        products = zip(pairs, merge_products(before, pairs), strict=True)
+        wanted = [pair for pair, token in products if token in kept and pair[0] in kept and pair[1] in kept]
+        if wanted != found:
+            both = enumerate(zip_longest(wanted, found))
+            place, (left, right) = next((place, two) for place, two in both if two[0] != two[1])
+            raise failed(f"merge {place} of the pruned tokenizer is {right}, not {left}")
     elif isinstance(before["vocab"], list):
         for place, piece in enumerate(after["vocab"]):
             if piece != before["vocab"][new_to_old[place]]:
@@ -188,8 +190,8 @@ def prove_tokens(original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.
     unknown, gives_up = _unknown(original)
     suffix = getattr(models[0], "end_of_word_suffix", None) or ""
     prefix = getattr(models[0], "continuing_subword_prefix", None) or ""
-    old_to_new = {int(old_id): new_id for new_id, old_id in enumerate(new_to_old)}
-    tokens = (models[0].id_to_token(int(old_id)) for old_id in new_to_old)  # None: an added token outside
+    old_to_new = {old_id: new_id for new_id, old_id in enumerate(new_to_old.tolist())}
+    tokens = (models[0].id_to_token(old_id) for old_id in old_to_new)  # None: an added token outside
     strings = [token.removesuffix(suffix) for token in tokens if token]
     if prefix:
         lead = next((string for string in strings if len(string) == 1 and string.isalnum()), "")
@@ -199,9 +201,7 @@ def prove_tokens(original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.
     for ignore_merges in [True, False] if lookup else [False]:
         for model in models if lookup else ():
             model.ignore_merges = ignore_merges
-        for string in strings:
-            with guarded(f"tokenizing {string!r}"):
-                before, after = ([token.id for token in model.tokenize(string)] for model in models)
+        for string, before, after in zip(strings, *(_split(model, strings) for model in models), strict=True):
             inside = [old_to_new.get(token_id, -1) for token_id in before]
             if -1 in inside or (gives_up and unknown in before):
                 continue  # no text reaches this token through its own string
@@ -212,6 +212,12 @@ def prove_tokens(original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.
     for model in models if lookup else ():
         model.ignore_merges = True
     return {"tokens_kept": len(new_to_old), "tokens_rederived": len(derived)}
+
+
+def _split(model: Model, strings: list[str]) -> list[list[int]]:
+    """The ids that the bare model gives to whole strings."""
+    with guarded("tokenizing its own tokens"):
+        return [[token.id for token in model.tokenize(string)] for string in strings]
 
 
 def _unknown(original: Tokenizer) -> tuple[int, bool]:
@@ -240,17 +246,32 @@ def made_up_texts(
 
 
 def tokens_per_character(
-    original: Tokenizer, pruned: Tokenizer, texts: list[str]
+    original: Tokenizer, pruned: Tokenizer, texts: list[str], names: list[str] | None = None
 ) -> dict[str, dict[str, float]]:
-    """How many tokens a character takes before and after, by the script that a document is mostly written in."""
-    some = texts[:: len(texts) // _SCRIPT_TEXTS + 1]
+    """How many tokens a character takes before and after, on a part of `texts`.
+
+    The figures are by the corpora that the texts are from, `names`, about equally many texts of each; or else
+    by the script that a text is mostly written in.
+    """
+    if names is None:
+        some = texts[:: len(texts) // _SCRIPT_TEXTS + 1]
+        groups = [script(text) for text in some]
+    else:
+        of_corpus: dict[str, list[str]] = {}
+        for text, name in zip(texts, names, strict=True):
+            of_corpus.setdefault(name, []).append(text)
+        some, groups = [], []
+        for name, own in of_corpus.items():
+            part = own[:: len(own) // (_SCRIPT_TEXTS // len(of_corpus) + 1) + 1]
+            some += part
+            groups += [name] * len(part)
     sums: dict[str, list[int]] = {}
     lengths = [
         [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False)]
         for tokenizer in (original, pruned)
     ]
-    for text, before, after in zip(some, *lengths, strict=True):
-        entry = sums.setdefault(script(text), [0, 0, 0])
+    for text, group, before, after in zip(some, groups, *lengths, strict=True):
+        entry = sums.setdefault(group, [0, 0, 0])
         for place, amount in enumerate((len(text), before, after)):
             entry[place] += amount
     return {

@@ -24,9 +24,11 @@ from firefly.prune.weights import BLOCK_BYTES, Tensor, blocks, read_header, shar
 
 def failed(what: str) -> ProofError:
     """The error of a failed check."""
-    return ProofError(
+    error = ProofError(
         f"The proof failed, and no model was written: {what}. Please report it with this base model."
     )
+    error.what = what
+    return error
 
 
 def prove_opening(
@@ -74,11 +76,11 @@ def prove_configs(base: Path, pruned: Path, new_to_old: NDArray[np.int64]) -> di
             raise failed(f"{name} is in one directory only")
         if (base / name).is_file():
             old, new = (json.loads((place / name).read_bytes()) for place in (base, pruned))
-            num_ids += _prove_config(name, old, new, new_to_old, sized=name == "config.json")
+            num_ids += prove_config(name, old, new, new_to_old, sized=name == "config.json")
     return {"config_ids": num_ids}
 
 
-def _prove_config(where: str, old: Any, new: Any, new_to_old: NDArray[np.int64], sized: bool) -> int:
+def prove_config(where: str, old: Any, new: Any, new_to_old: NDArray[np.int64], sized: bool) -> int:
     """Compare two JSON objects; `sized`: this one tells the vocabulary's size. Returns how many fields hold ids."""
     num_ids, known = 0, set(new_to_old.tolist())
     if sized and isinstance(size := new.get("vocab_size"), int):
@@ -98,7 +100,7 @@ def _prove_config(where: str, old: Any, new: Any, new_to_old: NDArray[np.int64],
                 raise failed(f"{field} is {new[key]}, which names other tokens than {value} did")
             num_ids += 1
         elif isinstance(value, dict) and isinstance(new[key], dict):
-            num_ids += _prove_config(field, value, new[key], new_to_old, sized and key == "text_config")
+            num_ids += prove_config(field, value, new[key], new_to_old, sized and key == "text_config")
         elif value != new[key]:
             raise failed(f"{field} is {new[key]!r}, not {value!r}")
     return num_ids
@@ -132,16 +134,16 @@ def prove_weights(
                             f"{name} changes from {before.dtype} {before.shape} to {tensor.dtype} {tensor.shape}"
                         )
                     if selected:
-                        _compare_rows(old, new, before, tensor, new_to_old)
+                        compare_rows(old, new, before, tensor, new_to_old)
                     else:
-                        _compare_all(old, new, before, tensor)
+                        compare_all(old, new, before, tensor)
                     num_same += not selected
                     num_selected += selected
                     bar.advance(tensor.num_bytes / 2**20)
     return {"tensors_identical": num_same, "tensors_row_selected": num_selected}
 
 
-def _compare_all(old: Any, new: Any, before: Tensor, after: Tensor) -> None:
+def compare_all(old: Any, new: Any, before: Tensor, after: Tensor) -> None:
     """Raise unless `after` holds the bytes of `before`."""
     pairs = zip(
         blocks(old, iter([(before.start, before.end)])),
@@ -152,7 +154,7 @@ def _compare_all(old: Any, new: Any, before: Tensor, after: Tensor) -> None:
         raise failed(f"the tensor {before.name} is not the original's")
 
 
-def _compare_rows(old: Any, new: Any, before: Tensor, after: Tensor, rows: NDArray[np.int64]) -> None:
+def compare_rows(old: Any, new: Any, before: Tensor, after: Tensor, rows: NDArray[np.int64]) -> None:
     """Raise unless row i of `after` holds the bytes of row `rows[i]` of `before`."""
     width = before.row_bytes
     num_at_once = max(1, BLOCK_BYTES // width)

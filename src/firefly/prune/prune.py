@@ -7,6 +7,7 @@ prove the result, and only then give it its name. The same inputs give the same 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,18 +23,20 @@ from firefly.console import say, warn
 from firefly.errors import InputError, ModelError, OutputError, RecipeError
 from firefly.files import directory_atomic, read_lines, require_disk, sha256_file, write_json
 from firefly.prune import companions, weights
+from firefly.prune.chart import coverage_chart, coverage_curve
 from firefly.prune.copying import WeightsCopy
 from firefly.prune.counting import corpus_texts, count_tokens
 from firefly.prune.layout import find_layout
 from firefly.prune.opening import Opener
-from firefly.prune.proof import AUTO_TEXTS, prove, prove_tokenizer
+from firefly.prune.proof import AUTO_TEXTS, prove, prove_tokenizer, tokens_per_character
 from firefly.prune.proof_weights import prove_opening
 from firefly.prune.scripts import ids_in_scripts, script, token_texts
-from firefly.prune.tokenizer import added_tokens, guarded, load, read, rebuild, vocabulary
+from firefly.prune.tokenizer import added_tokens, guarded, load, read, rebuild, vocabulary, write
 from firefly.prune.vocabulary import choose
 
 _SAMPLE_CHARACTERS = 1 << 24
 _SAMPLE_TEXT_CHARACTERS = 1 << 17
+_NUM_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class PruneResult:
     kept: dict[str, int]  # kept tokens by reason
     coverage: float  # share of the corpus' tokens that lie in the keep-set; 1 without a corpus
     scripts: dict[str, list[int]]  # tokens before and after, by script
+    dropped_examples: dict[str, list[str]]  # the first dropped tokens of each script
     dropped_added_tokens: list[str]  # reserved ones, and those that nothing names or uses
     not_in_base: list[str]  # tokens of the given tokenizer that the base lacks
     corpus_documents: int
@@ -90,6 +94,7 @@ def prune_model(
     keep_script: Sequence[str] = (),
     tokenizer_only: bool = False,
     prove_logits: bool = True,
+    chart: Path | None = None,
 ) -> PruneResult:
     """Prune the vocabulary of the model directory `base` and write it to `out`.
 
@@ -104,6 +109,7 @@ def prune_model(
         keep_script: keep every token in these scripts, such as Han, Latin, Digits.
         tokenizer_only: `base` holds no weights, or they are left alone.
         prove_logits: also compare logits in float32 (needs both models in memory, one after the other).
+        chart: a PNG file to draw when all is done: coverage of the corpus against vocabulary size.
 
     Raises `InputError`, `ModelError`, `RecipeError`, `OutputError`, or `ProofError`; `out` is then untouched.
     """
@@ -114,56 +120,53 @@ def prune_model(
         raise ModelError(
             f"The model directory {base} does not exist; give a directory in Hugging Face layout."
         )
-    content = read(base / "tokenizer.json")
-    original = load(content)
-    tokens = vocabulary(content)
-    files: list[Path] = []
-    layout = None
-    if not tokenizer_only:
-        files = weights.shards(base)
-        layout = find_layout(base, files)
-        _require_rows(base, layout.num_rows, max(tokens.values()))
-    rows = layout.num_rows if layout else len(tokens)
+    files = [] if tokenizer_only else weights.shards(base)
+    # Without tokenizer_config.json, transformers cannot tell the class.
+    opens = not tokenizer_only or (base / "tokenizer_config.json").is_file()
+    # Both helpers start at once, so that they are ready when there is something to open and to copy.
+    with Opener() if opens else contextlib.nullcontext() as opener, WeightsCopy(files) as copy:
+        content = read(base / "tokenizer.json")
+        original = functools.cache(lambda: load(base / "tokenizer.json", content))  # not before it is needed
+        tokens = vocabulary(content)
+        layout = None
+        if not tokenizer_only:
+            layout = find_layout(base, files)
+            _require_rows(base, layout.num_rows, max(tokens.values()))
+        rows = layout.num_rows if layout else len(tokens)
 
-    sample = _Sample()
-    counts = _count(original, sample, [Path(path) for path in corpus], texts)
-    if not counts.sum() and tokenizer is None:
-        raise InputError(
-            "The corpus holds no tokens; give corpus files with text, so that there is something to keep."
-        )
+        sample = _Sample()
+        counts = np.zeros(0, dtype=np.int64)
+        if corpus or not (isinstance(texts, Sequence) and not texts):
+            counts = _count(original(), sample, [Path(path) for path in corpus], texts)
+        if not counts.sum() and (tokenizer is None or chart is not None):
+            raise InputError(
+                "The corpus holds no tokens; give corpus files with text, so that there is something to keep."
+            )
 
-    wanted = companions.required_ids(base, tokens, {token["content"] for token in added_tokens(content)})
-    wanted |= ids_in_scripts(original, sorted(tokens.values()), keep_script)
-    if keep_file is not None:
-        wanted |= _wanted_ids(original, tokens, Path(keep_file))
-    given: set[int] = set()
-    not_in_base: list[str] = []
-    if tokenizer is not None:
-        given, not_in_base = _tokens_of(Path(tokenizer), tokens)
-    keep = choose(content, counts, vocab_size, wanted | given, pad_to_multiple, coverage)
-    new_to_old = keep.new_to_old
-    closure_size = len(set(new_to_old.tolist()) - given) if given else keep.num_closure
-    old_to_new = {int(old): new for new, old in enumerate(new_to_old)}
+        wanted = companions.required_ids(base, tokens, {token["content"] for token in added_tokens(content)})
+        if keep_script:
+            wanted |= ids_in_scripts(original(), sorted(tokens.values()), keep_script)
+        if keep_file is not None:
+            wanted |= _wanted_ids(original(), tokens, Path(keep_file))
+        given: set[int] = set()
+        not_in_base: list[str] = []
+        if tokenizer is not None:
+            given, not_in_base = _tokens_of(Path(tokenizer), tokens)
+        keep = choose(content, counts, vocab_size, wanted | given, pad_to_multiple, coverage)
+        new_to_old = keep.new_to_old
+        closure_size = len(set(new_to_old.tolist()) - given) if given else keep.num_closure
+        old_to_new = {int(old): new for new, old in enumerate(new_to_old)}
 
-    bytes_before = sum(path.stat().st_size for path in files)
-    require_disk(out, bytes_before)
-    with directory_atomic(out) as place:
-
-        def write_small_files() -> None:
-            write_json(place / "tokenizer.json", rebuild(content, new_to_old))
+        bytes_before = sum(path.stat().st_size for path in files)
+        require_disk(out, bytes_before)
+        with directory_atomic(out) as place, copy:  # whatever happens, the copying ends before the directory
+            if layout is not None:
+                copy.start(place, layout.names, new_to_old)
+            write(place / "tokenizer.json", rebuild(content, new_to_old))
             companions.write(base, place, old_to_new, len(new_to_old))
-
-        params_before = params_after = 0
-        if tokenizer_only:
-            write_small_files()
-            proof = prove_tokenizer(base, place, new_to_old, sample.texts, original=(content, original))
-            if (base / "tokenizer_config.json").is_file():  # without it, transformers cannot tell the class
-                proof |= prove_opening(base, place, new_to_old, sample.texts[:AUTO_TEXTS])
-        else:
-            assert layout is not None
-            params_before, params_after = layout.params, layout.params_with(len(new_to_old))
-            with WeightsCopy(files, place, layout.names, new_to_old) as copy, Opener() as opener:
-                write_small_files()
+            scripts, examples = _scripts(original(), sorted(tokens.values()), old_to_new)
+            both = content, original()
+            if layout is not None:
                 proof = prove(
                     base,
                     place,
@@ -171,52 +174,66 @@ def prune_model(
                     layout.names,
                     sample.texts,
                     prove_logits,
-                    original=(content, original),
+                    original=both,
                     opener=opener,
                     copy=copy,
                 )
-        inside = counts[new_to_old[new_to_old < len(counts)]].sum()
-        result = PruneResult(
-            output=str(out),
-            vocab_before=rows,
-            vocab_after=len(new_to_old),
-            params_before=params_before,
-            params_after=params_after,
-            bytes_before=bytes_before,
-            bytes_after=sum((place / path.name).stat().st_size for path in files),
-            closure_size=closure_size,
-            kept=keep.statistics,
-            coverage=float(inside / counts.sum()) if counts.sum() else 1.0,
-            scripts=_scripts(original, sorted(tokens.values()), old_to_new),
-            dropped_added_tokens=list(keep.dropped_added),
-            not_in_base=not_in_base,
-            corpus_documents=sample.seen,
-            corpus_tokens=int(counts.sum()),
-            documents_checked=proof["documents_checked"],
-            proof=proof,
+            else:
+                proof = prove_tokenizer(base, place, new_to_old, sample.texts, original=both)
+                if opener is not None:
+                    proof |= prove_opening(base, place, new_to_old, sample.texts[:AUTO_TEXTS], opener)
+            if len(set(sample.names)) > 1:
+                proof["tokens_per_character_by_corpus"] = tokens_per_character(
+                    original(), load(place / "tokenizer.json"), sample.texts, sample.names
+                )
+            inside = counts[new_to_old[new_to_old < len(counts)]].sum()
+            result = PruneResult(
+                output=str(out),
+                vocab_before=rows,
+                vocab_after=len(new_to_old),
+                params_before=layout.params if layout else 0,
+                params_after=layout.params_with(len(new_to_old)) if layout else 0,
+                bytes_before=bytes_before,
+                bytes_after=sum((place / path.name).stat().st_size for path in files),
+                closure_size=closure_size,
+                kept=keep.statistics,
+                coverage=float(inside / counts.sum()) if counts.sum() else 1.0,
+                scripts=scripts,
+                dropped_examples=examples,
+                dropped_added_tokens=list(keep.dropped_added),
+                not_in_base=not_in_base,
+                corpus_documents=sample.seen,
+                corpus_tokens=int(counts.sum()),
+                documents_checked=proof["documents_checked"],
+                proof=proof,
+            )
+            record = result.to_json()
+            del record["output"]  # the same model wherever it is written
+            source = {
+                name: sha256_file(base / f"{name}.json")
+                for name in ("tokenizer", "config")
+                if (base / f"{name}.json").is_file()
+            }
+            write_json(
+                place / "prune.json", {**record, "source_sha256": source, "new_to_old": id_ranges(new_to_old)}
+            )
+        if chart is not None:
+            curve = coverage_curve(content, counts, wanted | given)
+            coverage_chart(chart, *curve, chosen=(len(new_to_old), result.coverage))
+        parameters = (
+            "" if tokenizer_only else f" {result.params_before:,} → {result.params_after:,} parameters,"
         )
-        record = result.to_json()
-        del record["output"]  # the same model wherever it is written
-        source = {
-            name: sha256_file(base / f"{name}.json")
-            for name in ("tokenizer", "config")
-            if (base / f"{name}.json").is_file()
-        }
-        write_json(
-            place / "prune.json", {**record, "source_sha256": source, "new_to_old": id_ranges(new_to_old)}
-        )
-    parameters = "" if tokenizer_only else f" {params_before:,} → {params_after:,} parameters,"
-    checked = "tokenizer" if tokenizer_only else f"{proof['logits']} logits"
-    say(
-        f"prune: {rows:,} → {len(new_to_old):,} tokens,{parameters} {result.coverage:.2%} of the corpus kept as it "
-        f"was; proof passed ({checked})"
-    )
-    if keep.dropped_added:
+        checked = "tokenizer" if tokenizer_only else f"{proof['logits']} logits"
         say(
-            f"prune: {len(keep.dropped_added):,} added tokens are dropped, reserved or unused "
-            f"({_some(keep.dropped_added)}); prune.json lists them"
+            f"prune: {rows:,} → {len(new_to_old):,} tokens,{parameters} {result.coverage:.2%} of the corpus kept as it "
+            f"was; proof passed ({checked})"
         )
-    return result
+        if keep.dropped_added:
+            say(
+                f"prune: {len(keep.dropped_added):,} added tokens are dropped, reserved or unused "
+                f"({_some(keep.dropped_added)}); prune.json lists them"
+            )
+        return result
 
 
 def _check_arguments(
@@ -250,7 +267,12 @@ def _count(
         total += len(texts)
     elif not corpus:
         total = 0
-    return count_tokens(original, sample.passing(_chain(corpus_texts(corpus), texts)), total or None)
+    names = [path.name for path in corpus]
+    streams = [
+        sample.passing(corpus_texts([path]), path.name if names.count(path.name) == 1 else str(path))
+        for path in corpus
+    ]
+    return count_tokens(original, _chain(*streams, sample.passing(texts, "texts")), total or None)
 
 
 def _tokens_of(directory: Path, tokens: dict[str, int]) -> tuple[set[int], list[str]]:
@@ -273,14 +295,20 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _scripts(original: Tokenizer, ids: list[int], kept: dict[int, int]) -> dict[str, list[int]]:
-    """Tokens before and after, by script, the largest first."""
+def _scripts(
+    original: Tokenizer, ids: list[int], kept: dict[int, int]
+) -> tuple[dict[str, list[int]], dict[str, list[str]]]:
+    """Tokens before and after, by script, the largest first; and a few of the dropped ones."""
     table: dict[str, list[int]] = {}
+    examples: dict[str, list[str]] = {}
     for token_id, text in zip(ids, token_texts(original, ids), strict=True):
-        entry = table.setdefault(script(text), [0, 0])
+        name = script(text)
+        entry = table.setdefault(name, [0, 0])
         entry[0] += 1
         entry[1] += token_id in kept
-    return dict(sorted(table.items(), key=lambda item: -item[1][0]))
+        if token_id not in kept and len(shown := examples.setdefault(name, [])) < _NUM_EXAMPLES:
+            shown.append(text)
+    return dict(sorted(table.items(), key=lambda item: -item[1][0])), examples
 
 
 def id_ranges(ids: NDArray[np.int64]) -> str:
@@ -300,20 +328,22 @@ class _Sample:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.names: list[str] = []  # of the corpus that each text is from
         self.seen = 0
         self._room = _SAMPLE_CHARACTERS
         self._random = random.Random(0)
 
-    def passing(self, texts: Iterable[str]) -> Iterator[str]:
-        """Pass every text on, keeping some."""
+    def passing(self, texts: Iterable[str], name: str) -> Iterator[str]:
+        """Pass every text of the corpus `name` on, keeping some."""
         for text in texts:
             self.seen += 1
             kept = text[:_SAMPLE_TEXT_CHARACTERS]
             if self._room > 0:
                 self.texts.append(kept)
+                self.names.append(name)
                 self._room -= len(kept)
             elif (place := self._random.randrange(self.seen)) < len(self.texts):
-                self.texts[place] = kept
+                self.texts[place], self.names[place] = kept, name
             yield text
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import regex
 from tokenizers import Tokenizer
@@ -26,9 +26,16 @@ def script(text: str) -> str:
     """The script of most letters in `text`; without letters Digits, Punctuation, …, or Partial for lone bytes."""
     if _PART_OF_CHARACTER in text:
         return "Partial"
-    found = Counter(match.lastgroup for match in _CHARACTER.finditer(text[:_FIRST_CHARACTERS]))
-    letters = [name for name in found if name not in _CLASSES] or list(found)
-    return str(max(letters, key=found.__getitem__)) if letters else "Other"
+    found = [name for name in map(_kind, text[:_FIRST_CHARACTERS]) if name]
+    letters = [name for name in found if name not in _CLASSES] or found
+    return max(dict.fromkeys(letters), key=letters.count) if letters else "Other"
+
+
+@cache
+def _kind(character: str) -> str | None:
+    """The script or class of one character."""
+    match = _CHARACTER.match(character)
+    return match.lastgroup if match else None
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -25,7 +25,6 @@ from firefly.prune.tokenizer import (
     added_tokens,
     is_placeholder,
     merge_pairs,
-    merged,
     model_type,
     model_vocabulary,
     referenced_ids,
@@ -65,10 +64,8 @@ class BpeDerivation:
         self.tokens = {token_id: token for token, token_id in self.vocab.items()}
         self.prefix = model.get("continuing_subword_prefix") or ""
         self.suffix = model.get("end_of_word_suffix") or ""
-        self.merges: dict[tuple[int, int], tuple[int, int]] = {}  # (left, right) → (rank, result)
-        for rank, (left, right) in enumerate(merge_pairs(model)):
-            pair = self.vocab[left], self.vocab[right]
-            self.merges[pair] = rank, self.vocab[merged(model, left, right)]
+        self.ranks = {pair: rank for rank, pair in enumerate(merge_pairs(model))}
+        self.no_rank = len(model["merges"])
 
     def closure(self, token_id: int) -> list[int]:
         """Base symbols and intermediates of the token's canonical derivation, and the token itself.
@@ -76,23 +73,25 @@ class BpeDerivation:
         A token that its own string does not derive (reachable by `ignore_merges` lookup alone, or an added
         token inside the model's vocabulary) needs nothing else: it alone is returned.
         """
-        symbols = self._symbols(self.tokens[token_id]) if token_id in self.tokens else []
+        token = self.tokens.get(token_id, "")
+        symbols = self._symbols(token)
         made = dict.fromkeys(symbols)
-        while len(symbols) > 1:
-            candidates = [
-                (*self.merges[pair], place)
-                for place, pair in enumerate(itertools.pairwise(symbols))
-                if pair in self.merges
-            ]
-            if not candidates:
-                break
-            _, result, place = min(candidates, key=lambda found: (found[0], found[2]))
-            symbols[place : place + 2] = [result]
-            made[result] = None
-        return list(made) if symbols == [token_id] else [token_id]
+        rank_of, none = self.ranks.get, self.no_rank
+        ranks = [rank_of(pair, none) for pair in itertools.pairwise(symbols)]
+        while ranks and (rank := min(ranks)) < none:
+            place = ranks.index(rank)
+            product = symbols[place] + symbols[place + 1][len(self.prefix) :]
+            made[product] = None
+            symbols[place : place + 2] = [product]
+            del ranks[place]
+            if place:
+                ranks[place - 1] = rank_of((symbols[place - 1], product), none)
+            if place < len(ranks):
+                ranks[place] = rank_of((product, symbols[place + 1]), none)
+        return [self.vocab[symbol] for symbol in made] if symbols == [token] else [token_id]
 
-    def _symbols(self, token: str) -> list[int]:
-        """The ids with which the BPE starts on `token`; empty if a character is not in the vocabulary."""
+    def _symbols(self, token: str) -> list[str]:
+        """What the BPE starts with on `token`; empty if a character is not in the vocabulary."""
         inside = bool(self.prefix) and token.startswith(self.prefix)
         body = token.removeprefix(self.prefix) if inside else token
         ends = bool(self.suffix) and body.endswith(self.suffix)
@@ -100,8 +99,7 @@ class BpeDerivation:
         pieces = [self.prefix + char if place or inside else char for place, char in enumerate(body)]
         if pieces and ends:
             pieces[-1] += self.suffix
-        symbols = [self.vocab.get(piece, -1) for piece in pieces]
-        return [] if -1 in symbols else symbols
+        return pieces if all(map(self.vocab.__contains__, pieces)) else []
 
 
 def closure(content: Json) -> Callable[[int], list[int]]:
@@ -127,6 +125,8 @@ def _base_bpe(content: Json) -> set[int]:
     prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
     symbols = set()
     for token, token_id in vocab.items():
+        if len(token) > 1 + len(prefix) + len(suffix):
+            continue
         char = token.removeprefix(prefix) if len(token) > 1 else token
         char = char.removesuffix(suffix) if len(char) > 1 else char
         if len(char) == 1 and (not byte_level or char in alphabet):
@@ -220,22 +220,22 @@ def choose(
     needs = closure(content)
     base = base_symbols(content)
     kept = dict.fromkeys(sorted(base))
-    # Each required token's closure is required with it.
-    for token_id in sorted(referenced_ids(content) | {int(token_id) for token_id in wanted}):
-        kept.update(dict.fromkeys(needs(token_id)))
+    # Each required token's closure is required with it. High ids are made of low ones: in this order most of the
+    # others are found kept, as an intermediate, whose own closure is then kept as well.
+    for token_id in sorted(referenced_ids(content) | {int(token_id) for token_id in wanted}, reverse=True):
+        if token_id in base or token_id not in kept:
+            kept.update(dict.fromkeys(needs(token_id)))
     num_required = len(kept) - len(base)
 
-    model_ids = set(model_vocabulary(content["model"]).values())
-    last = {token["id"] for token in added_tokens(content)}
-    last |= {token_id for token, token_id in tokens.items() if is_placeholder(token)}
-    ids = np.array(sorted(tokens.values(), key=lambda old: (old in last, old)), dtype=np.int64)
-    ranked = ids[np.argsort(-frequency[ids], kind="stable")].tolist()
     still_needed = 0
     if coverage is not None:
         still_needed = math.ceil(coverage * int(frequency.sum())) - int(frequency[list(kept)].sum())
+    ranked = _ranked(content, frequency) if still_needed > 0 or vocab_size or pad_to_multiple > 1 else []
     rank = 0
     while still_needed > 0:  # without a size, frequency alone decides
-        missing = [part for part in needs(ranked[rank]) if part not in kept]
+        token_id = ranked[rank]
+        parts = needs(token_id) if token_id in base or token_id not in kept else []
+        missing = [part for part in parts if part not in kept]
         kept.update(dict.fromkeys(missing))
         still_needed -= int(frequency[missing].sum())
         rank += 1
@@ -266,8 +266,9 @@ def choose(
     assert len(kept) == size, (len(kept), size)
 
     chosen = list(kept)[len(base) + num_required :]
-    num_counted = sum(bool(frequency[old]) for old in chosen)
+    num_counted = int(np.count_nonzero(frequency[chosen]))
     num_filled = sum(not frequency[old] for old in filled)
+    model_ids = set(model_vocabulary(content["model"]).values())
     new_to_old = np.array(sorted(kept, key=lambda old: (old not in model_ids, old)), dtype=np.int64)
     return KeepSet(
         new_to_old,
@@ -278,3 +279,14 @@ def choose(
         num_filled=num_filled,
         dropped_added=tuple(t["content"] for t in added_tokens(content) if t["id"] not in kept),
     )
+
+
+def _ranked(content: Json, frequency: NDArray[np.int64]) -> list[int]:
+    """All ids by descending frequency; among equals by id, reserved and added tokens last."""
+    tokens = vocabulary(content)
+    last = {token["id"] for token in added_tokens(content)}
+    last |= {token_id for token, token_id in tokens.items() if is_placeholder(token)}
+    ids = np.array(sorted(tokens.values()), dtype=np.int64)
+    ids = ids[np.argsort(np.isin(ids, list(last)), kind="stable")]
+    ranked: list[int] = ids[np.argsort(-frequency[ids], kind="stable")].tolist()
+    return ranked
