@@ -1,9 +1,10 @@
 """Vocabulary pruning against LLMPruner, `cp`, trimbed and a bare `encode_batch`, in alternation.
 
-    python bench/prune.py [--quick] [--llmpruner DIR] [--trimbed PYTHON] [--tokenizers DIR] [--texts DIR]
+    python bench/prune.py [--quick] [--shape 7b1] [--llmpruner DIR] [--trimbed PYTHON] [--tokenizers DIR] [--texts DIR]
 
 The model has BLOOM-1b7's shape (hidden 2,048, 24 layers, 250,880 rows, 1.72G parameters) with random bf16 weights
-and a made-up byte-level tokenizer of 250,680 tokens; --quick takes 4 layers. Whole commands in fresh processes:
+and a made-up byte-level tokenizer of 250,680 tokens; --shape 7b1 takes BLOOM-7b1's, 14 GB in three shards,
+--quick 4 layers. Whole commands in fresh processes:
 Firefly with the proof of the tokenizer and of every byte of the weights (without running the model, which LLMPruner
 does not do either) and with everything on the disk; LLMPruner from a clone of yangjianxin1/LLMPruner that you name, as
 it is and with `sync`; `cp` of the original with `sync`. `rss_mb` is the most memory that Firefly's processes hold
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -41,6 +43,7 @@ from pruners.vocabulary_pruner import BloomVocabularyPruner
 BloomVocabularyPruner().prune(*sys.argv[2:])
 """
 _SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
+_SHAPES = {"1b7": (2048, 24, 16), "7b1": (4096, 30, 32)}  # hidden size, layers, heads
 _DTYPE_BYTES = 2
 _SHARD_BYTES = 5 << 30
 
@@ -193,14 +196,16 @@ def resident_mb(root: int) -> float:
     return total_kb / 1024
 
 
-def whole_commands(place: Path, llmpruner: Path | None, layers: int, repeats: int) -> dict[str, Any]:
+def whole_commands(
+    place: Path, llmpruner: Path | None, shape: tuple[int, int, int], repeats: int
+) -> dict[str, Any]:
     """Firefly, LLMPruner and cp on the same directory."""
     base, small, out = place / "base", place / "small", place / "out"
+    hidden, layers, heads = shape
     print(f"making a model of {layers} layers …", flush=True)
-    make_model(base, 2048, layers, 16)
+    make_model(base, hidden, layers, heads)
     make_tokenizer(base, VOCAB)
     make_tokenizer(small, KEPT)
-    weights = base / "model.safetensors"
     firefly: list[str | Path] = [
         sys.executable,
         "-m",
@@ -220,8 +225,9 @@ def whole_commands(place: Path, llmpruner: Path | None, layers: int, repeats: in
         ours.append(wall_s)
         rss.append(peak_mb)
         shutil.rmtree(out)
-        copies.append(timed(["sh", "-c", f"cp {weights} {place}/copy && sync {place}/copy"])[0])
-        (place / "copy").unlink()
+        (place / "copy").mkdir()
+        copies.append(timed(["sh", "-c", f"cp {base}/*.safetensors {place}/copy && sync {place}/copy/*"])[0])
+        shutil.rmtree(place / "copy")
         line = f"run {turn + 1}: Firefly {ours[-1]:.2f} s, {rss[-1]:.0f} MB; cp + sync {copies[-1]:.2f} s"
         if llmpruner:
             wall_s, peak_mb = timed(peer)
@@ -328,6 +334,7 @@ def counting(tokenizer_file: Path, texts: list[str], repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="4 layers and one run of each, for a look")
+    parser.add_argument("--shape", choices=list(_SHAPES), default="1b7", help="the BLOOM model to be like")
     parser.add_argument("--llmpruner", type=Path, help="a clone of yangjianxin1/LLMPruner")
     parser.add_argument("--trimbed", type=Path, help="a Python (3.12 or later) that has trimbed installed")
     parser.add_argument(
@@ -338,13 +345,17 @@ def main() -> None:
         "--place", type=Path, help="where the big files go for a while (the temporary folder)"
     )
     options = parser.parse_args()
-    layers, repeats = (4, 1) if options.quick else (24, 3)
+    # What runs is this checkout, whatever is installed.
+    sys.path.insert(0, str(rows.ROOT / "src"))
+    os.environ["PYTHONPATH"] = str(rows.ROOT / "src")
+    hidden, layers, heads = _SHAPES[options.shape]
+    layers, repeats = (4, 1) if options.quick else (layers, 3)
     texts = read_texts(options.texts, (2 if options.quick else 20) << 20) if options.texts.is_dir() else []
     tokenizer = options.tokenizers / "gemma3"
     real = bool(texts) and tokenizer.is_dir()
-    row: dict[str, Any] = {"model": f"bloom-1b7 shape, {layers} layers, bf16", "runs": repeats}
+    row: dict[str, Any] = {"model": f"bloom-{options.shape} shape, {layers} layers, bf16", "runs": repeats}
     with tempfile.TemporaryDirectory(dir=options.place) as folder:
-        row |= whole_commands(Path(folder), options.llmpruner, layers, repeats)
+        row |= whole_commands(Path(folder), options.llmpruner, (hidden, layers, heads), repeats)
         row |= {"vs_trimbed": None, "count_vs_encode_batch": None}
         if options.trimbed and real:
             row["vs_trimbed"] = round(against_trimbed(options.trimbed, tokenizer, texts, Path(folder)), 3)

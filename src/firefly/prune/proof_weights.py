@@ -150,7 +150,7 @@ def compare_all(old: Any, new: Any, before: Tensor, after: Tensor) -> None:
         blocks(new, iter([(after.start, after.end)])),
         strict=True,
     )
-    if not all(np.array_equal(_array(left), _array(right)) for left, right in pairs):
+    if not all(_same(left, right) for left, right in pairs):
         raise failed(f"the tensor {before.name} is not the original's")
 
 
@@ -168,9 +168,16 @@ def compare_rows(old: Any, new: Any, before: Tensor, after: Tensor, rows: NDArra
             old.seek(before.start + row * width)
             old.readinto(left[place * width : (place + 1) * width])
         size = len(part) * width
-        if not np.array_equal(_array(left[:size]), _array(right[:size])):
+        if not _same(left[:size], right[:size]):
             wrong = int(np.flatnonzero(_array(left[:size]) != _array(right[:size]))[0]) // width
             raise failed(f"row {first + wrong} of {before.name} is not the original's row {part[wrong]}")
+
+
+def _same(left: memoryview, right: memoryview) -> bool:
+    """Whether two blocks hold the same bytes, compared eight at a time."""
+    whole = len(left) // 8 * 8
+    ends = bytes(left[whole:]), bytes(right[whole:])
+    return ends[0] == ends[1] and np.array_equal(left[:whole].cast("Q"), right[:whole].cast("Q"))
 
 
 def _array(block: memoryview) -> NDArray[np.uint8]:

@@ -76,8 +76,10 @@ def load(source: Path | Json, content: Json | None = None) -> Tokenizer:
             f"{name} looks like a {model_type(content)} tokenizer, but the tokenizers library loads it as "
             f"{type(tokenizer.model).__name__}; save the tokenizer again with transformers."
         )
-    loaded, expected = tokenizer.get_vocab(with_added_tokens=True), vocabulary(content)
-    if loaded != expected:
+    expected = vocabulary(content)
+    same = list(map(tokenizer.token_to_id, expected)) == list(expected.values())
+    if not same or tokenizer.get_vocab_size(with_added_tokens=True) != len(expected):
+        loaded = tokenizer.get_vocab(with_added_tokens=True)
         wrong = next(token for token in loaded | expected if loaded.get(token) != expected.get(token))
         raise ModelError(
             f"{name}: the token {wrong!r} has id {expected.get(wrong)} in the file, but the tokenizers library "
