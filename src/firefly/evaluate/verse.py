@@ -87,10 +87,10 @@ class Poem:
 class Couplet:
     """What was found out about a couplet.
 
-    `opposed`: at each even position of each phrase, whether the tones are opposite. `closing_tones`: the first line
-    closes oblique and the second level. `mirrored`: characters recur at the same positions in both lines, and nowhere
-    else. `no_shared_character`: no character stands in both. `parallel`: the share of characters with the same part of
-    speech; only when asked for.
+    `opposed`: at each even position of each phrase of the first line, whether the second has the opposite tone.
+    `closing_tones`: the first line closes oblique and the second level. `mirrored`: characters recur at the same
+    positions in both lines, and nowhere else. `no_shared_character`: no character stands in both. `parallel`: the share
+    of characters with the same part of speech; only when asked for.
     """
 
     first: Line
@@ -157,9 +157,8 @@ def judge_couplet(first: str, second: str, book: Book = "pingshui", parallel: bo
         mirrored=_recurrences(one.text) == _recurrences(two.text),
         closing_tones=one.tones[-1:] in ("仄", "中") and two.tones[-1:] in ("平", "中"),
         opposed=[
-            one.tones[place] != two.tones[place] or one.tones[place] == "中"
+            place < len(two.text) and (one.tones[place] == "中" or one.tones[place] != two.tones[place])
             for place in even
-            if place < len(two.text)
         ],
         parallel=parallelism(one.text, two.text) if parallel else None,
     )
