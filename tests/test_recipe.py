@@ -69,11 +69,11 @@ def test_overrides(tmp_path: Path) -> None:
     path.write_text(
         'name = "x"\noutput_dir = "o"\nmodel.base = "m"\n[data]\nsources = [{path = "a"}]\n', "utf-8"
     )
-    recipe = Recipe.load(path, ["train.learning_rate=2e-5", "output_dir=out/mine", "data.deduplicate=false"])
+    recipe = Recipe.load(path, ["train.learning_rate=2e-5", "output_dir=out/mine", "data.deduplicate=off"])
     assert (recipe.train.learning_rate, recipe.output_dir, recipe.data.deduplicate) == (
         2e-5,
         "out/mine",
-        False,
+        "off",
     )
     with pytest.raises(RecipeError, match=r"not of the form section\.key=value"):
         Recipe.load(path, ["train.learning_rate"])

@@ -55,35 +55,129 @@ class Source(Section):
     """One source of training data."""
 
     path: str = Field(
-        description="a file; relative paths start at the recipe's folder, 'demo:NAME' is embedded"
+        description="a file, a folder or a pattern such as 'couplets/*.jsonl.zst'; relative paths start at data.root, "
+        "else at the recipe's folder; 'demo:NAME' is embedded"
     )
     importer: str = Field(default="auto", description="how to read it; 'auto' looks at the first record")
     task: str | None = Field(default=None, description="the task that renders raw records, e.g. Couplet")
-    cap: Annotated[int, Field(ge=1)] | None = Field(default=None, description="at most this many records")
+    fields: dict[str, str] = Field(
+        default={}, description="where the task's fields have other names here: {first = 'upper'}"
+    )
+    cap: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="at most this many records, chosen by hash"
+    )
     repeat: Annotated[int, Field(ge=1)] = Field(
         default=1, description="render each record with this many different templates"
+    )
+    licence: str | None = Field(default=None, description="the licence, for the dataset's card")
+
+
+class CleanSection(Section):
+    """What an example must be like to stay, and what is mended in it. Every drop has a reason and is counted."""
+
+    min_target_characters: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="shorter answers are dropped"
+    )
+    max_characters: Annotated[int, Field(ge=1)] = Field(
+        default=200_000, description="longer examples are dropped"
+    )
+    max_repetition: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.6, description="drop an answer of which a larger share is repetition"
+    )
+    min_language_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="share of letters that must be in the languages below; 0 lets everything pass",
+    )
+    languages: list[Literal["zh", "en"]] = Field(
+        default=["zh", "en"], description="the languages meant by min_language_share"
+    )
+    html: Literal["strip", "drop", "keep"] = Field(
+        default="strip", description="what to do with tags and entities that a crawler left"
+    )
+    mojibake: Literal["drop", "keep"] = Field(
+        default="drop", description="what to do with text that was decoded in a wrong way"
+    )
+    simplify: bool = Field(
+        default=False, description="turn traditional characters into simplified ones (OpenCC)"
+    )
+    half_width: bool = Field(
+        default=False, description="turn full-width letters and digits into half-width ones"
+    )
+
+
+class MixSection(Section):
+    """How much of each task goes in. Everything is decided by hashes: the same recipe gives the same bytes."""
+
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description="kind → how often its records are used, on average; the task's own weight otherwise",
+    )
+    caps: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default={}, description="kind → records at most; the task's own cap otherwise"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=1.0,
+        description="above 1, small tasks are repeated and large ones thinned: shares go with count^(1/temperature)",
+    )
+    epochs: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="use everything so many times, each time with another template"
     )
 
 
 class DataSection(Section):
     """What the model learns from, and how it becomes tokens."""
 
-    sources: list[Source] = Field(min_length=1, description="the sources, in order")
+    root: str | None = Field(default=None, description="the folder where relative source paths start")
+    sources: list[Source] = Field(min_length=1, description="the sources; on a tie the earlier one wins")
+    on_bad_record: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="a line that is no record: stop with its place, or put it among the rejects and go on",
+    )
+    clean: CleanSection = CleanSection()
+    deduplicate: Literal["off", "exact", "near"] = Field(
+        default="exact", description="drop repetitions: the same text, or also nearly the same (MinHash)"
+    )
+    near_threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.8, description="how alike two texts must be (Jaccard of character 5-grams) to count as one"
+    )
+    decontaminate: list[str] = Field(
+        default=[],
+        description="evaluation files; examples that share an n-gram with them are dropped and listed",
+    )
+    decontaminate_ngram: Annotated[int, Field(ge=5)] = Field(
+        default=20, description="characters in that n-gram, white space and punctuation left out"
+    )
+    mix: MixSection = MixSection()
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.02, description="share of the examples held out, chosen by content hash"
+    )
+    chat_format: str = Field(
+        default="firefly",
+        description="how turns become tokens: firefly, chatml, llama2, llama3, gemma, mistral, baichuan, or 'model' "
+        "for the base's own chat_template",
+    )
     max_seq_length: Annotated[int, Field(ge=8, le=1_048_576)] = Field(
         default=512, description="tokens in one sample at most"
     )
-    overlong: Literal["truncate", "drop", "error"] = Field(
-        default="truncate",
-        description="what to do with a longer sample; every cut is counted and shown",
+    overlong: Literal["middle-of-input", "left-of-input", "right-of-target", "drop", "error"] = Field(
+        default="middle-of-input",
+        description="what gives way in a longer sample; every cut is counted and shown",
     )
     allow_lost_targets: bool = Field(
         default=False,
         description="drop samples whose target would be cut entirely, instead of stopping with an error",
     )
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.02, description="share of the examples held out, chosen by content hash"
+    pack_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = Field(
+        default=None,
+        description="pack samples into rows of this many tokens, and let a batch count rows; otherwise it counts "
+        "samples",
     )
-    deduplicate: bool = Field(default=True, description="drop exact repetitions")
+    engine: Literal["local", "ray"] = Field(
+        default="local", description="where the work runs: processes here, or a Ray cluster"
+    )
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="processes; 0: one a core. The result is the same for any number"
+    )
 
 
 class TrainSection(Section):
@@ -246,8 +340,10 @@ def _anchor_paths(table: dict[str, Any], folder: Path) -> None:
     def anchored(value: Any) -> Any:
         if not isinstance(value, str) or value.startswith("demo:") or Path(value).is_absolute():
             return value
-        here = next((place for place in (folder / value, Path(value)) if value and place.exists()), None)
-        return str(here.absolute()) if here else value
+        for place in (folder / value, Path(value)) if value else ():
+            if place.exists() or any(place.parent.glob(place.name)):  # sources may be patterns
+                return str(place.absolute())
+        return value
 
     model, prune, data = (table.get(section) for section in ("model", "prune", "data"))
     if isinstance(model, dict) and "base" in model:
@@ -257,8 +353,13 @@ def _anchor_paths(table: dict[str, Any], folder: Path) -> None:
             prune["corpus"] = [anchored(item) for item in prune["corpus"]]
         if "keep_file" in prune:
             prune["keep_file"] = anchored(prune["keep_file"])
-    if isinstance(data, dict) and isinstance(data.get("sources"), list):
-        for source in data["sources"]:
+    if isinstance(data, dict):
+        if isinstance(data.get("root"), str):
+            data["root"] = anchored(data["root"])
+            folder = Path(data["root"])
+        if isinstance(data.get("decontaminate"), list):
+            data["decontaminate"] = [anchored(item) for item in data["decontaminate"]]
+        for source in data["sources"] if isinstance(data.get("sources"), list) else []:
             if isinstance(source, dict) and "path" in source:
                 source["path"] = anchored(source["path"])
 

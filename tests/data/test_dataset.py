@@ -11,7 +11,8 @@ import pytest
 from firefly import console
 from firefly.data import dataset
 from firefly.data.dataset import DatasetResult, build_dataset, read_dataset, side_of
-from firefly.data.importers import IMPORTERS, Record
+from firefly.data.importers import IMPORTERS, Origin, Record
+from firefly.data.readers import read_records
 from firefly.data.stats import length_chart, length_summary
 from firefly.errors import InputError, OutputError
 from firefly.recipe import DataSection
@@ -197,7 +198,7 @@ def test_the_tasks_own_cap_holds_over_its_sources(tmp_path: Path, monkeypatch: p
 def test_deduplication_can_be_switched_off(tmp_path: Path) -> None:
     path = str(write(tmp_path / "i.jsonl", idioms(10) + idioms(10)))
     assert build(tmp_path / "on", {"path": path, "task": "Dictionary"}).rejected == 10
-    assert build(tmp_path / "off", {"path": path, "task": "Dictionary"}, deduplicate=False).rejected == 0
+    assert build(tmp_path / "off", {"path": path, "task": "Dictionary"}, deduplicate="off").rejected == 0
 
 
 def test_a_lone_surrogate_is_rejected_and_still_written(tmp_path: Path) -> None:
@@ -257,7 +258,11 @@ def test_reading_what_is_not_there_says_what_to_run(tmp_path: Path) -> None:
 
 def test_the_embedded_poems_give_couplets_of_equal_length() -> None:
     path = dataset.locate("demo:lushi.jsonl.gz")
-    found = list(IMPORTERS["couplets"](path, "Couplet"))
+    found = [
+        item
+        for line, record in read_records(path)
+        for item in IMPORTERS["couplets"](record, Origin(path, line, "Couplet"))
+    ]
     couplets = [item.fields for item in found if isinstance(item, Record)]
     assert len(couplets) == 10_000
     assert all(len(pair["first"]) == len(pair["second"]) in (5, 7) for pair in couplets)

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow
 import pytest
 
-from firefly.data.importers import IMPORTERS, Imported, Record, Skipped, Whole, read_verse, recognise
+from firefly.data.importers import IMPORTERS, Imported, Origin, Record, Skipped, Whole, read_verse, recognise
+from firefly.data.readers import read_records
 from firefly.errors import InputError
 
 DENGGAO = {
@@ -40,7 +41,8 @@ def write(path: Path, records: Iterable[Any]) -> Path:
 
 
 def read(path: Path, name: str, kind: str | None = None) -> list[Imported]:
-    return list(IMPORTERS[name](path, kind))
+    records = read_records(path)
+    return [item for line, record in records for item in IMPORTERS[name](record, Origin(path, line, kind))]
 
 
 def test_couplets_are_the_two_middle_couplets(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from typing import Any, Literal, get_args
 from firefly import console
 from firefly.data.clean import Duplicates, digest, reject_reason
 from firefly.data.example import Example
-from firefly.data.importers import IMPORTERS, Imported, Record, Skipped, recognise
+from firefly.data.importers import IMPORTERS, Imported, Origin, Record, Skipped, recognise
+from firefly.data.readers import read_records
 from firefly.data.stats import length_summary, task_chart
 from firefly.data.tasks import Task, load_tasks, task
 from firefly.errors import FireflyError, InputError, OutputError, choices
@@ -158,7 +159,7 @@ def _decide(
     reason = candidate.reason
     if candidate.example:
         reason = reject_reason(candidate.example)
-    if candidate.example and data.deduplicate:
+    if candidate.example and data.deduplicate != "off":
         reason = reason or duplicates(candidate.example)
     if reason:
         side, line = "rejected", candidate.rejected(reason)
@@ -193,7 +194,7 @@ def _candidates(given: _Input, tally: _Tally) -> Iterator[_Candidate]:
         "capped": False,
     }
     tally.sources.append(counts)
-    for item in IMPORTERS[given.importer](given.path, given.source.task):
+    for item in _imported(given):
         if not isinstance(item, Skipped):
             if cap is not None and counts["records"] >= cap:
                 counts["capped"] = True
@@ -201,6 +202,12 @@ def _candidates(given: _Input, tally: _Tally) -> Iterator[_Candidate]:
             counts["records"] += 1
             tally.records[given.kind] += 1
         yield from _asked(item, given)
+
+
+def _imported(given: _Input) -> Iterator[Imported]:
+    """What the importer makes of each record of one source."""
+    for line, record in read_records(given.path):
+        yield from IMPORTERS[given.importer](record, Origin(given.path, line, given.source.task))
 
 
 def _asked(item: Imported, given: _Input) -> Iterator[_Candidate]:

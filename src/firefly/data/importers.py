@@ -1,4 +1,4 @@
-"""Importers read raw files, one function a format, and yield records in a common shape, line by line.
+"""Importers turn one raw record into examples or into fields that a task renders, one function a shape of record.
 
     records    {"word": …, "explanation": …}: fields that a task renders
     poems      {"title", "authorName", "dynasty", "content": [lines]}: 绝句 and 律诗
@@ -7,24 +7,42 @@
     text       plain text to pre-train on: a .txt line or a JSON record's "text" is one document
     auto       whichever of these the first record looks like
 
-Every record has a *group*: records of one group are never split between training and validation. A poem and its
-couplets share a group, so that no held-out couplet was read in a training poem. A new format is one function
-with the decorator `@importer("name")`.
+`readers` knows the file formats; an importer sees one record at a time and nothing else, so records can be
+imported in any process. Every record has a *group*: records of one group are never split between training and
+validation. A poem and its couplets share a group, so that no held-out couplet was read in a training poem.
+A new shape is one function with the decorator `@importer("name")`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from firefly.data.clean import digest, normalised
 from firefly.data.example import Example
+from firefly.data.readers import read_records
 from firefly.data.tasks import load_tasks, task
 from firefly.errors import InputError, choices
-from firefly.files import read_json_lines, read_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a raw record stands, and the task that the recipe names for it."""
+
+    path: Path
+    line: int
+    kind: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.line}"
+
+    @property
+    def source(self) -> str:
+        """The short form that travels with the example."""
+        return f"{self.path.name}:{self.line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +72,13 @@ class Skipped:
 
 
 Imported = Record | Whole | Skipped
-Importer = Callable[[Path, str | None], Iterator[Imported]]  # (file, the task's kind if the recipe names one)
+Importer = Callable[[dict[str, Any], Origin], Iterable[Imported]]
 IMPORTERS: dict[str, Importer] = {}
 NEED_TASK: set[str] = set()  # importers that yield raw fields
 
 
 def importer(name: str, *, needs_task: bool = False) -> Callable[[Importer], Importer]:
-    """Make a function available to recipes as `importer = "name"`."""
+    """Make a function available to recipes as `importer = "name"`; it raises `InputError` for a bad record."""
 
     def register(function: Importer) -> Importer:
         IMPORTERS[name] = function
@@ -91,14 +109,7 @@ def recognise(name: str, path: Path, kind: str | None) -> str:
 
 
 def _guess(path: Path, kind: str | None) -> str:
-    if _suffix(path) in (".txt", ".md"):
-        return "text"
-    if not _is_json(path):
-        raise InputError(
-            f"{path}: cannot tell the format from the name; call it .jsonl (or .txt for plain text), with .gz, .xz "
-            f"or .zst behind it when compressed, or name an importer ({', '.join(IMPORTERS)})."
-        )
-    _, first = next(read_json_lines(path), (0, None))
+    _, first = next(read_records(path), (0, None))
     if first is None:
         raise InputError(f"{path} has no records; give a file with content.")
     if (
@@ -119,57 +130,46 @@ def _guess(path: Path, kind: str | None) -> str:
     )
 
 
-def _suffix(path: Path) -> str:
-    """The file's suffix without the compression's."""
-    return (path.with_suffix("") if path.suffix in (".gz", ".xz", ".zst") else path).suffix
-
-
-def _is_json(path: Path) -> bool:
-    return _suffix(path) in (".jsonl", ".json", ".ndjson")
-
-
 @importer("records", needs_task=True)
-def import_records(path: Path, kind: str | None) -> Iterator[Imported]:
+def import_records(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     """The task's fields as they stand; numbers become text, null counts as empty, other fields are left out."""
-    names = task(kind or "").fields
-    for line, record in read_json_lines(path):
-        where = f"{path.name}:{line}"
-        fields = {name: _text(record[name], name, where) for name in names if name in record}
-        if not fields:
-            raise InputError(
-                f"{path}, line {line}: task {kind} needs one of the fields {', '.join(names)}; "
-                f"the fields there are: {', '.join(sorted(record)) or 'none'}."
-            )
-        yield Record(fields, digest("\0".join(map(normalised, fields.values()))), where)
+    names = task(origin.kind or "").fields
+    fields = {name: field_text(record, name, origin) for name in names if name in record}
+    if not fields:
+        raise InputError(
+            f"{origin}: task {origin.kind} needs one of the fields {', '.join(names)}; "
+            f"the fields there are: {', '.join(sorted(record)) or 'none'}."
+        )
+    yield Record(fields, digest("\0".join(map(normalised, fields.values()))), origin.source)
 
 
-def _text(value: Any, name: str, where: str) -> str:
-    """A field's value as text."""
+def field_text(record: dict[str, Any], name: str, origin: Origin) -> str:
+    """A field's value as text; "" where it is absent or null. Raises `InputError` for a list or an object."""
+    value = record.get(name)
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(
-            f"{where}: field '{name}' is a {type(value).__name__} where a text or a number is needed."
+            f"{origin}: field '{name}' is a {type(value).__name__} where a text or a number is needed."
         )
     return str(value).strip()
 
 
 @importer("firefly")
-def import_firefly(path: Path, kind: str | None) -> Iterator[Imported]:
+def import_firefly(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     """Examples as firefly-train-1.1M, BELLE and Alpaca write them; the latter two become kind "BELLE"."""
-    for line, record in read_json_lines(path):
-        if "instruction" in record and "output" in record:
-            record = _from_alpaca(record, path, line)
-        example = Example.from_record(record, path, line, kind)
-        example = replace(example, source=f"{path.name}:{line}")
-        # By question: two answers to one question stay on one side of the split.
-        yield Whole(example, digest(normalised(example.input or example.target)))
+    if "instruction" in record and "output" in record:
+        record = _from_alpaca(record, origin)
+    example = Example.from_record(record, origin.path, origin.line, origin.kind)
+    example = replace(example, source=origin.source)
+    # By question: two answers to one question stay on one side of the split.
+    yield Whole(example, digest(normalised(example.input or example.target)))
 
 
-def _from_alpaca(record: dict[str, Any], path: Path, line: int) -> dict[str, Any]:
+def _from_alpaca(record: dict[str, Any], origin: Origin) -> dict[str, Any]:
     """Alpaca's fields, with earlier turns in `history`, as a record with messages."""
     for name in ("instruction", "output"):
-        _text(record[name], name, f"{path}, line {line}")
+        field_text(record, name, origin)
     question = "\n".join(str(part) for part in (record["instruction"], record.get("input")) if part)
     try:
         pairs = [*(record.get("history") or []), (question, record["output"])]
@@ -179,9 +179,7 @@ def _from_alpaca(record: dict[str, Any], path: Path, line: int) -> dict[str, Any
             for role, content in (("user", asked), ("assistant", answer))
         ]
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}, line {line}: field 'history' must be a list of [question, answer]."
-        ) from error
+        raise InputError(f"{origin}: field 'history' must be a list of [question, answer].") from error
     return {
         "kind": record.get("kind", "BELLE"),
         "messages": [{"role": role, "content": content} for role, content in turns],
@@ -189,25 +187,15 @@ def _from_alpaca(record: dict[str, Any], path: Path, line: int) -> dict[str, Any
 
 
 @importer("text")
-def import_text(path: Path, kind: str | None) -> Iterator[Imported]:
-    """Documents to pre-train on: one assistant message each, so that every token is a target."""
-    documents: Iterator[tuple[int, Any]] = read_lines(path)
-    if _is_json(path):
-        documents = ((line, _document(record, path, line)) for line, record in read_json_lines(path))
-    for line, text in documents:
-        if text.strip() or _is_json(path):  # a blank line of a .txt file is layout, not a record
-            example = Example.plain(kind or "Text", text.strip(), f"{path.name}:{line}")
-            yield Whole(example, digest(normalised(text)))
-
-
-def _document(record: dict[str, Any], path: Path, line: int) -> str:
+def import_text(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
+    """A document to pre-train on: one assistant message, so that every token is a target."""
     text = record.get("text")
     if not isinstance(text, str):
         raise InputError(
-            f"{path}, line {line}: field 'text' is missing or not text; "
+            f"{origin}: field 'text' is missing or not text; "
             f"the fields there are: {', '.join(sorted(record)) or 'none'}."
         )
-    return text
+    yield Whole(Example.plain(origin.kind or "Text", text.strip(), origin.source), digest(normalised(text)))
 
 
 FORMS = {(4, 5): "五言绝句", (4, 7): "七言绝句", (8, 5): "五言律诗", (8, 7): "七言律诗"}
@@ -261,58 +249,50 @@ def read_verse(title: str, content: list[str]) -> Verse | str:
     return Verse(title, form, lines, text)
 
 
-def _verses(path: Path) -> Iterator[tuple[dict[str, Any], Verse] | Skipped]:
-    """The poems of a file, each with its raw record."""
-    for line, record in read_json_lines(path):
-        content = record.get("content")
-        if not isinstance(content, list) or not all(isinstance(piece, str) for piece in content):
-            raise InputError(
-                f"{path}, line {line}: field 'content' must be a list of the poem's lines; "
-                f"the fields there are: {', '.join(sorted(record)) or 'none'}."
-            )
-        where = f"{path.name}:{line}"
-        verse = read_verse(_text(record.get("title"), "title", where), content)
-        if isinstance(verse, str):
-            yield Skipped(verse, where, "".join(content))
-        else:
-            yield record | {"source": where}, verse
+def _verse(record: dict[str, Any], origin: Origin) -> Verse | Skipped:
+    """The poem of a raw record."""
+    content = record.get("content")
+    if not isinstance(content, list) or not all(isinstance(piece, str) for piece in content):
+        raise InputError(
+            f"{origin}: field 'content' must be a list of the poem's lines; "
+            f"the fields there are: {', '.join(sorted(record)) or 'none'}."
+        )
+    verse = read_verse(field_text(record, "title", origin), content)
+    return Skipped(verse, origin.source, "".join(content)) if isinstance(verse, str) else verse
 
 
 @importer("poems", needs_task=True)
-def import_poems(path: Path, _: str | None) -> Iterator[Imported]:
+def import_poems(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     """绝句 and 律诗: fields title, author, dynasty, form, first_line, poem (two lines to a row)."""
-    for item in _verses(path):
-        if isinstance(item, Skipped):
-            yield item
-            continue
-        record, verse = item
-        fields = {
-            "title": verse.title,
-            "author": _text(record.get("authorName"), "authorName", record["source"]),
-            "dynasty": _text(record.get("dynasty"), "dynasty", record["source"]),
-            "form": verse.form,
-            "first_line": verse.lines[0],
-            "poem": verse.text,
-        }
-        yield Record(fields, verse.group, record["source"])
+    verse = _verse(record, origin)
+    if isinstance(verse, Skipped):
+        yield verse
+        return
+    fields = {
+        "title": verse.title,
+        "author": field_text(record, "authorName", origin),
+        "dynasty": field_text(record, "dynasty", origin),
+        "form": verse.form,
+        "first_line": verse.lines[0],
+        "poem": verse.text,
+    }
+    yield Record(fields, verse.group, origin.source)
 
 
 @importer("couplets", needs_task=True)
-def import_couplets(path: Path, _: str | None) -> Iterator[Imported]:
+def import_couplets(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
     """The 颔联 and 颈联 of 律诗, which must be antithetical: fields first, second, form (without punctuation)."""
-    for item in _verses(path):
-        if isinstance(item, Skipped):
-            yield item
-            continue
-        record, verse = item
-        if len(verse.lines) != 8:
-            yield Skipped("no_middle_couplets", record["source"], verse.text)
-            continue
+    verse = _verse(record, origin)
+    if isinstance(verse, Skipped):
+        yield verse
+    elif len(verse.lines) != 8:
+        yield Skipped("no_middle_couplets", origin.source, verse.text)
+    else:
         for first, second in (verse.lines[2:4], verse.lines[4:6]):
             if any(upper == lower for upper, lower in zip(first, second, strict=True)):
                 # The same character facing itself: no antithesis, so the poem is 古体 in the shape of 律诗.
-                yield Skipped("not_antithetical", record["source"], f"{first}，{second}")
+                yield Skipped("not_antithetical", origin.source, f"{first}，{second}")
             else:
                 yield Record(
-                    {"first": first, "second": second, "form": verse.form}, verse.group, record["source"]
+                    {"first": first, "second": second, "form": verse.form}, verse.group, origin.source
                 )

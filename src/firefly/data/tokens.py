@@ -228,7 +228,7 @@ def _fit(example: Example, whole: Rendered, data: DataSection) -> Iterator[tuple
     elif data.overlong == "error":
         raise InputError(
             f"{example.source} ({example.kind}) has {len(whole.ids)} tokens and max_seq_length is {limit}; "
-            "raise data.max_seq_length, or set data.overlong to 'truncate' or 'drop'."
+            "raise data.max_seq_length, or set data.overlong to 'right-of-target' or 'drop'."
         )
     elif data.overlong == "drop":
         yield None, "overlong_dropped"
