@@ -105,6 +105,12 @@ def test_a_correction_is_judged_against_the_sentence_in_the_question(question: s
     assert corrections(question, SENTENCE, RIGHT) == (set(), edit)  # nothing was wrong
 
 
+def test_the_whole_sentence_is_the_source_not_a_part_of_it() -> None:
+    wrong, right = "小姐说：你走到十只路口，再右砖就到了。", "小姐说：你走到十字路口，再右转就到了。"
+    wanted, _ = corrections(f"纠错：{wrong}", right, "")
+    assert {(old, new) for _, old, new in wanted} == {("只", "字"), ("砖", "转")}
+
+
 def test_listed_corrections_and_verdicts_are_compared_as_they_are_named() -> None:
     question = f"找出错别字：{SENTENCE}"
     wanted, given = corrections(question, "采→菜；在→再", "在→再。")

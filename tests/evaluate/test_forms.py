@@ -55,6 +55,12 @@ def test_uneven_verse_is_asked_with_its_own_lengths() -> None:
     assert poem(lyric, "昨夜雨疏风骤，浓睡不消残酒。试问卷帘人儿，却道海棠依旧。")["well_formed"] == 0
 
 
+def test_lines_may_repeat_where_the_reference_repeats() -> None:
+    lyric = "试问卷帘人，却道海棠依旧。知否，知否，应是绿肥红瘦。"
+    assert poem(lyric, lyric)["well_formed"] == 1
+    assert poem(lyric, "知否知否知，知否知否知否。知否，知否，知否知否知否。")["no_repeated_line"] == 0
+
+
 def test_repeated_characters_are_a_share() -> None:
     assert poem("山山水水", "山山水水")["repeated_characters"] == 0.5
     assert poem("山山水水", "")["repeated_characters"] == 0

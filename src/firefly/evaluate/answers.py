@@ -101,16 +101,20 @@ def corrections(question: str, reference: str, answer: str) -> tuple[set[Edit], 
 
     A reference that is near to no text in the question is a list, such as 采→菜；在→再, or a verdict.
     """
-    source = min(
-        _texts_in(question, "correction_f1"), key=lambda text: len(edits(text, reference)), default=""
-    )
-    if source and len(edits(source, reference)) <= len(reference) / 2:
+
+    def changed(text: str) -> int:
+        """Characters to change until the text is the reference."""
+        return sum(len(old or new) for _, old, new in edits(text, reference))
+
+    source = min(_texts_in(question, "correction_f1"), key=changed, default="")
+    if source and changed(source) <= len(reference) / 2:
         return edits(source, reference), edits(source, answer.strip())
-    listed = (
-        {(0, "", name) for part in _ITEMS.split(text) for name in names(part)} for text in (reference, answer)
-    )
-    wanted, given = listed
-    return wanted, given
+    return _listed(reference), _listed(answer)
+
+
+def _listed(text: str) -> set[Edit]:
+    """The members of a list, as edits without a place."""
+    return {(0, "", name) for part in _ITEMS.split(text) for name in names(part)}
 
 
 def given_line(question: str, shape: Sequence[int]) -> str | None:
@@ -126,10 +130,12 @@ def given_line(question: str, shape: Sequence[int]) -> str | None:
 
 
 def _texts_in(question: str, metric: str) -> list[str]:
-    """What the templates of a metric's tasks, or else line breaks and quotation marks, set apart in a question."""
+    """Texts that a question may be about: where templates have a field, each line, each quotation."""
     matches = (pattern.fullmatch(question) for pattern in _templates(metric))
-    pieces = [text for match in matches if match for text in match.groups()]
-    return [text for text in [*pieces, *re.split("[\n“”：]", question)] if len(text) > 1]
+    found = [text for match in matches if match for text in match.groups()]
+    for piece in re.split("[\n“”]", question):
+        found += [piece, *(piece[colon.end() :] for colon in re.finditer("[：:]", piece))]
+    return found
 
 
 @cache

@@ -254,7 +254,9 @@ def _count_distinct(answered: Sequence[Answered]) -> Rows:
     texts = ["".join(item.answer.split()) for item in answered]
     row = []
     for n in (2, 1):
-        grams = sum((_ngrams(text, n) for text in texts), Counter())
+        grams: Counter[str] = Counter()
+        for text in texts:
+            grams.update(_ngrams(text, n))
         row += [len(grams), grams.total()]
     return [row]
 
