@@ -105,6 +105,8 @@ def test_nothing_to_judge_is_an_error() -> None:
     for name in METRICS:
         with pytest.raises(InputError, match="no answers"):
             score(name, [])
+        with pytest.raises(InputError, match="'问' has no reference"):
+            score(name, answered(("好", "好"), (" ", "好")))
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -92,6 +92,11 @@ def _scores(judge: Metric, answered: Sequence[Answered]) -> Scores:
 def _rows(judge: Metric, answered: Sequence[Answered]) -> NDArray[Any]:
     if not answered:
         raise InputError("There are no answers to judge.")
+    for item in answered:
+        if not item.reference.strip():
+            raise InputError(
+                f"The question {item.question!r} has no reference answer to judge by; give it one."
+            )
     return np.asarray(judge.count(answered), dtype=np.float64)
 
 

@@ -34,9 +34,13 @@ _PATTERNS: dict[str, list[tuple[str, str]]] = {
     "C": [("中平平仄仄", ""), ("中平仄平仄", "特拗"), ("平平仄仄仄", "小拗")],
     "D": [("中仄仄平平", "")],
 }
-_UNRESCUED = ("中仄中仄仄", "大拗")  # of kind A: right when the third character of the next line is level
-# Breaches that have a name: the pattern, the name, the character that is wrong.
-_BREACHES = {"B": ("仄平仄仄平", "孤平", 1), "D": ("中仄平平平", "三平尾", 3)}
+# Breaches that have a name: the pattern, the name, the character that is wrong. That of A is no breach but the licence
+# 大拗 when the third character of the next line is level.
+_BREACHES = {
+    "A": ("中仄中仄仄", "拗未救", 4),
+    "B": ("仄平仄仄平", "孤平", 1),
+    "D": ("中仄平平平", "三平尾", 3),
+}
 _OPENS_OBLIQUE = "AD"  # kinds whose second character is oblique
 _LEVEL_CLOSE, _OBLIQUE_CLOSE = "BD", "AC"
 
@@ -142,12 +146,8 @@ def judge_couplet(first: str, second: str, book: Book = "pingshui", parallel: bo
     """
     phrases = verse_lines(first)
     one, two = _unheld(characters(first), book), _unheld(characters(second), book)
-    starts = [sum(map(len, phrases[:number])) for number in range(len(phrases))]
-    even = [
-        start + place
-        for start, phrase in zip(starts, phrases, strict=True)
-        for place in range(1, len(phrase), 2)
-    ]
+    ordinals = [number for phrase in phrases for number in range(1, len(phrase) + 1)]
+    even = [place for place, number in enumerate(ordinals) if number % 2 == 0]
     return Couplet(
         first=one,
         second=two,
@@ -198,9 +198,8 @@ class _Fit(NamedTuple):
 def _judge_tones(lines: Sequence[str], book: Book) -> tuple[list[Line], list[Fault]]:
     """The reading of a regulated poem that breaks the fewest rules, and what it breaks."""
     marked = [_tones(line, book) for line in lines]
-    level = (
-        sum(mark[-1] == "仄" for mark in marked[1::2]) * 2 <= len(lines) // 2
-    )  # else the poem rhymes oblique
+    num_oblique = sum(mark[-1] == "仄" for mark in marked[1::2])
+    level = num_oblique <= len(lines) // 4  # the closing tone of most even lines
     options = []
     for number, mark in enumerate(marked):
         if number == 0:
@@ -225,27 +224,25 @@ def _judge_tones(lines: Sequence[str], book: Book) -> tuple[list[Line], list[Fau
 
 
 def _fit(mark: str, kind: str, rescued: bool) -> _Fit:
-    """Hold a line's tones to one kind: the pattern with the fewest faults."""
+    """Hold a line's tones to one kind: the pattern with the fewest faults; a breach with a name before 出律."""
     offset = len(mark) - 5
     head = ("中平" if kind in _OPENS_OBLIQUE else "中仄")[:offset]
-    fits = []
-    for pattern, licence in _PATTERNS[kind] + [_UNRESCUED] * (kind == "A" and rescued):
-        fits.append(_Fit(kind, head + pattern, licence, _misses(mark, head + pattern, "出律")))
-    if kind == "A" and not rescued:
-        pattern = head + _UNRESCUED[0]
-        fits.append(_Fit(kind, pattern, "", [*_misses(mark, pattern, "出律"), (offset + 4, "拗未救")]))
+
+    def held(pattern: str, licence: str) -> _Fit:
+        pairs = enumerate(zip(mark, head + pattern, strict=True), 1)
+        return _Fit(
+            kind, head + pattern, licence, [(place, "出律") for place, pair in pairs if not _fits(*pair)]
+        )
+
+    fits = [held(pattern, licence) for pattern, licence in _PATTERNS[kind]]
     if kind in _BREACHES:
-        breach, name, position = _BREACHES[kind]
-        wrong = [*_misses(mark, head + breach, "出律"), (offset + position, name)]
-        fits.append(_Fit(kind, head + _PATTERNS[kind][0][0], "", wrong))
-    # The named breach comes last and wins a tie: 孤平 says more than 出律.
-    return min(reversed(fits), key=lambda fit: len(fit.faults))
-
-
-def _misses(mark: str, pattern: str, name: str) -> list[tuple[int, str]]:
-    return [
-        (place, name) for place, pair in enumerate(zip(mark, pattern, strict=True), 1) if not _fits(*pair)
-    ]
+        pattern, name, position = _BREACHES[kind]
+        if kind == "A" and rescued:
+            fits.append(held(pattern, "大拗"))
+        else:
+            wrong = [*held(pattern, "").faults, (offset + position, name)]
+            fits.insert(0, _Fit(kind, fits[0].pattern, "", wrong))
+    return min(fits, key=lambda fit: len(fit.faults))
 
 
 def _joints(fits: Sequence[_Fit]) -> list[Fault]:
@@ -261,7 +258,9 @@ def _joints(fits: Sequence[_Fit]) -> list[Fault]:
 
 def _judge_rhyme(lines: Sequence[str], book: Book) -> tuple[str, list[Fault]]:
     """The rhyme of the even lines, and faults: 失韵 at every even line, or at a first line that stays out of it."""
-    shared = sorted(rhyme_of((line[-1] for line in lines[1::2]), book))
+    shared = sorted(
+        rhyme_of((line[-1] for line in lines[1::2]), book), key=lambda group: (tone_of(group) != "平", group)
+    )
     if not shared:
         return "", [Fault(number, len(lines[number - 1]), "失韵") for number in range(2, len(lines) + 1, 2)]
     first = lines[0][-1]
