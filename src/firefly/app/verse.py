@@ -74,7 +74,7 @@ def _kind(text: str) -> Kind:
 def _halves(text: str) -> tuple[str, str]:
     lines = verse_lines(text)
     if len(lines) % 2:
-        raise InputError(f"{text!r} has {len(lines)} lines; a couplet has two, each of as many phrases.")
+        raise InputError(f"{text!r} has {len(lines)} line(s); a couplet has two, each of as many phrases.")
     half = len(lines) // 2
     return "，".join(lines[:half]), "，".join(lines[half:])
 
