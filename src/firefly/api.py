@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from firefly.errors import InputError, ModelError
 from firefly.recipe import GenerationSection, Recipe
@@ -26,8 +26,10 @@ if TYPE_CHECKING:  # the functions import what they need, so that `firefly --hel
     from firefly.app.chat import ChatResult
     from firefly.app.demo import DemoResult
     from firefly.app.pipeline import RunResult
+    from firefly.app.verse import VerseResult
     from firefly.data.peek import PeekedSample
     from firefly.data.survey import StatsResult
+    from firefly.evaluate.rhyme import Book
     from firefly.prune.layout import SizeTable
     from firefly.prune.prune import PruneResult
     from firefly.prune.remap import RemapResult
@@ -47,6 +49,7 @@ __all__ = [
     "prune_verify",
     "run",
     "train",
+    "verse",
     "version",
 ]
 
@@ -266,6 +269,25 @@ def chat(
 
     directory = model_directory(resolve(str(model)))
     return talk(directory, options or GenerationSection(), prompt=prompt, system=system, out=out)
+
+
+def verse(
+    text: str,
+    *,
+    kind: Literal["poem", "couplet"] | None = None,
+    book: Book = "pingshui",
+    tune: str | None = None,
+    hidden: str | None = None,
+    parallel: bool = False,
+) -> VerseResult:
+    """Judge a poem, a couplet, or the lyric of a `tune` (词牌): tones, rhyme, form, and what breaks the rules.
+
+    Without `kind` a text of two lines, or of two halves of the same shape, is a couplet. `hidden` are the characters
+    that should head the lines (藏头); `parallel` adds how alike the parts of speech are (needs jieba).
+    """
+    from firefly.app.verse import analyse
+
+    return analyse(text, kind=kind, book=book, tune=tune, hidden=hidden, parallel=parallel)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -478,6 +479,58 @@ def chat(
     )
     if as_json:
         _show(result, True, lambda _: [])
+
+
+class _Kind(StrEnum):
+    POEM = "poem"
+    COUPLET = "couplet"
+
+
+class _Book(StrEnum):
+    PINGSHUI = "pingshui"
+    XINYUN = "xinyun"
+
+
+@app.command(
+    epilog=_examples(
+        'firefly verse "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"',
+        'firefly verse "无边落木萧萧下，不尽长江滚滚来"',
+        'firefly verse "常记溪亭日暮，沉醉不知归路。……" --tune 如梦令',
+    )
+)
+@_keeps_what_is_done
+def verse(
+    text: Annotated[str, typer.Argument(help="A poem, a couplet or a lyric, with its punctuation.")],
+    kind: Annotated[
+        _Kind | None,
+        typer.Option("--as", help="What it is, when its shape leaves that open.", show_default=False),
+    ] = None,
+    book: Annotated[
+        _Book, typer.Option(help="平水韵, of classical verse, or 中华新韵, of modern Mandarin.")
+    ] = _Book.PINGSHUI,
+    tune: Annotated[str | None, typer.Option(help="Judge a lyric (词) by this tune, such as 浣溪沙.")] = None,
+    acrostic: Annotated[
+        str | None, typer.Option(help="Characters that should head the lines (藏头).")
+    ] = None,
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="Add how alike the parts of speech are (needs jieba).")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Judge Chinese verse: tones, rhyme, form, and each character that breaks the rules."""
+    from firefly.app.verse import describe
+
+    console.quiet(quiet)
+    result = api.verse(
+        text,
+        kind=kind.value if kind else None,
+        book=book.value,
+        tune=tune,
+        hidden=acrostic,
+        parallel=parallel,
+    )
+    _show(result, as_json, describe)
 
 
 @app.command(
