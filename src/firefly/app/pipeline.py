@@ -35,6 +35,7 @@ from firefly.train.checkpoint import find_checkpoints
 from firefly.train.loop import HARMLESS, train
 
 StageName = Literal["dataset", "prune", "tokens", "train", "evaluate"]
+_BEFORE_TRAINING: tuple[StageName, ...] = ("dataset", "prune", "tokens")
 STAGES: tuple[StageName, ...] = ("dataset", "prune", "tokens", "train", "evaluate")
 
 
@@ -211,6 +212,12 @@ class _Line:
             say(f"{name}: done before, skipped")
             self.done[name] = StageResult(stored["result"], stored["wall_s"], True)
             return
+        if stored and name in _BEFORE_TRAINING and find_checkpoints(self.out / "run"):
+            raise CheckpointError(
+                f"What the stage {name} reads (sources, base model, corpus or the recipe) has changed since "
+                f"{self.out / 'run'} got its checkpoints, and going on would mix two runs. Undo the change, choose "
+                f"another output_dir, or delete {self.out / 'run'} to train anew."
+            )
         if stored:
             say(f"{name}: the recipe or what it depends on changed, doing it again")
         stamp.unlink(missing_ok=True)
