@@ -5,7 +5,8 @@
     ├── InputError               a corpus, dataset or text file: missing, empty, bad line or field
     ├── ModelError               a model directory: missing weights, unsupported family, wrong tokenizer
     ├── ProofError               an exactness proof failed; nothing was written
-    ├── OutputError              a place to write to: not writable, disk full
+    ├── OutputError              a place to write to: not writable
+    │   └── DiskFullError        no space left there; earlier results are untouched
     ├── CheckpointError          a checkpoint: corrupted, or from another run
     └── TrainingError            training cannot go on: loss not finite
 
@@ -42,6 +43,10 @@ class ProofError(FireflyError):
 
 class OutputError(FireflyError):
     """A result cannot be written where it should go."""
+
+
+class DiskFullError(OutputError):
+    """There is no space left where a result should go."""
 
 
 class CheckpointError(FireflyError):

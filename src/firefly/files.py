@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from firefly.errors import InputError, OutputError
+from firefly.errors import DiskFullError, InputError, OutputError
 
 _REFUSED = re.compile(r"os error (\d+)")  # how safetensors' own writer tells of the system's refusal
 _UNWRITABLE = {
@@ -50,7 +50,7 @@ def writing_to(path: Path) -> Iterator[None]:
         found = _REFUSED.search(str(error))
         number = int(found[1]) if found else getattr(error, "errno", None)
         if number in _FULL:
-            raise OutputError(
+            raise DiskFullError(
                 f"The disk is full while writing {path}; earlier results are untouched. "
                 "Free some space, or choose another output_dir, and run the same command again."
             ) from error
@@ -193,7 +193,7 @@ def require_disk(path: Path, needed_bytes: int) -> None:
         place = place.parent
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
-        raise OutputError(
+        raise DiskFullError(
             f"{path} needs {needed_bytes / 2**20:,.0f} MiB and the disk has {free_bytes / 2**20:,.0f} MiB free. "
             "Free some space, or choose another output_dir."
         )

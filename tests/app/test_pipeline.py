@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from firefly import api
 from firefly.app.pipeline import STAGES, RunResult
-from firefly.errors import ModelError, OutputError, RecipeError
+from firefly.errors import CheckpointError, ModelError, OutputError, RecipeError
 from firefly.files import exclusive, sha256_file
 from firefly.recipe import Recipe
 from tiny import recipe_table, write_pairs
@@ -66,6 +67,9 @@ def test_what_is_done_is_skipped_and_what_changed_is_redone(make: Make) -> None:
     )
     assert skipped(api.run(make(evaluate={"generations_per_kind": 1}))) == list(STAGES[:-1])
     write_pairs(Path(make().data.sources[0].path), 140)
+    with pytest.raises(CheckpointError, match=r"stage dataset .* has changed since"):
+        api.data(make())
+    shutil.rmtree(make().out / "run")
     assert skipped(api.data(make())) == []
 
 

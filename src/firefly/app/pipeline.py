@@ -36,6 +36,7 @@ from firefly.train.checkpoint import find_checkpoints
 from firefly.train.loop import HARMLESS, train
 
 StageName = Literal["dataset", "prune", "tokens", "train", "evaluate"]
+_BEFORE_TRAINING: tuple[StageName, ...] = ("dataset", "prune", "tokens")
 STAGES: tuple[StageName, ...] = ("dataset", "prune", "tokens", "train", "evaluate")
 _OF_TOKENS = {"max_seq_length", "overlong", "allow_lost_targets", "chat_format"}
 """Options of the data section that the tokens stage depends on, and the dataset stage does not."""
@@ -218,6 +219,12 @@ class _Line:
             say(f"{name}: done before, skipped")
             self.done[name] = StageResult(stored["result"], stored["wall_s"], True)
             return
+        if stored and name in _BEFORE_TRAINING and find_checkpoints(self.out / "run"):
+            raise CheckpointError(
+                f"What the stage {name} reads (sources, base model, corpus or the recipe) has changed since "
+                f"{self.out / 'run'} got its checkpoints, and going on would mix two runs. Undo the change, choose "
+                f"another output_dir, or delete {self.out / 'run'} to train anew."
+            )
         if stored:
             say(f"{name}: the recipe or what it depends on changed, doing it again")
         stamp.unlink(missing_ok=True)

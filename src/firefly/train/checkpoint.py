@@ -3,9 +3,10 @@
     checkpoint-N/model.safetensors      weights in float32, by transformers' names
     checkpoint-N/optimizer.safetensors  AdamW's moments and step counts, by the same names
     checkpoint-N/state.json             step, random state, the open metrics window, what data it belongs to
-    checkpoint-N/manifest.json          SHA-256 of the three files above
+    checkpoint-N/manifest.json          SHA-256 of the three files above, and of itself
 
-A checkpoint is built under a temporary name, fsynced, hashed and renamed; only then is an older one removed.
+A checkpoint is built under a temporary name, fsynced, hashed and renamed; only then is an older one removed. One
+that was damaged since is found by its hashes and set aside, and the run goes on from the one before.
 """
 
 from __future__ import annotations
@@ -21,8 +22,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from firefly.console import warn
 from firefly.errors import CheckpointError
-from firefly.files import directory_atomic, require_disk, sha256_file, write_json
+from firefly.files import (
+    directory_atomic,
+    require_disk,
+    sha256_file,
+    sha256_json,
+    write_atomic,
+    write_json,
+    writing_to,
+)
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -45,6 +55,34 @@ def find_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
+def newest_sound(run: Path) -> Path | None:
+    """The newest checkpoint that is what was written, or None where there is no checkpoint.
+
+    Damaged ones that are newer get `.damaged` behind their name, with a word. Raises `CheckpointError` when none
+    is sound, and then touches nothing: starting anew must be the user's choice.
+    """
+    found = find_checkpoints(run)
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for path in reversed(found):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            damaged.append((path, error))
+            continue
+        for bad, reason in damaged:
+            aside = bad.with_name(f"{bad.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            with writing_to(aside):
+                bad.rename(aside)
+            warn(f"{reason} It is set aside as {aside.name}; going on from {path.name}.")
+        return path
+    if damaged:
+        raise CheckpointError(
+            f"{damaged[0][1]} No older checkpoint is sound; delete {run} to begin again from the start."
+        )
+    return None
+
+
 def save_checkpoint(
     run: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainState, keep: int
 ) -> Path:
@@ -62,7 +100,7 @@ def save_checkpoint(
         if torch.cuda.is_available():
             random["cuda"] = _text(torch.cuda.get_rng_state())
         write_json(place / "state.json", asdict(state) | {"random": random})
-        write_json(place / "manifest.json", {name: sha256_file(place / name) for name in _FILES})
+        write_atomic(place / "manifest.json", _manifest({name: sha256_file(place / name) for name in _FILES}))
     for old in find_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -73,9 +111,8 @@ def load_checkpoint(
 ) -> TrainState:
     """Put weights, moments and random state back in place; returns the rest.
 
-    Raises `CheckpointError` when a file is damaged, or when the checkpoint belongs to another recipe or data.
+    Raises `CheckpointError` when the checkpoint belongs to another recipe or data. It must be sound (`verify`).
     """
-    verify(path)
     stored = json.loads((path / "state.json").read_text(encoding="utf-8"))
     random = stored.pop("random")
     try:
@@ -104,20 +141,23 @@ def load_checkpoint(
 
 def verify(path: Path) -> None:
     """Check a checkpoint's files against its manifest; raises `CheckpointError` naming the damaged one."""
-    others = [other.name for other in find_checkpoints(path.parent) if other != path]
-    cure = f"delete {path} and run again to go on from {others[-1] if others else 'the start'}."
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        text = (path / "manifest.json").read_bytes()
+        manifest = json.loads(text)
         digests = {name: manifest[name] for name in _FILES}
+        whole = text == _manifest(digests).encode()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} has no readable manifest.json, so it cannot be trusted; {cure}"
-        ) from error
+        raise CheckpointError(f"{path / 'manifest.json'} is missing or damaged.") from error
+    if not whole:
+        raise CheckpointError(f"{path / 'manifest.json'} is damaged.")
     for name, digest in digests.items():
         if not (path / name).is_file() or sha256_file(path / name) != digest:
-            raise CheckpointError(
-                f"{path / name} is damaged (its SHA-256 differs from the manifest's); {cure}"
-            )
+            raise CheckpointError(f"{path / name} is damaged (its SHA-256 differs from the manifest's).")
+
+
+def _manifest(digests: dict[str, str]) -> str:
+    """The manifest's text; it has a checksum of its own, so that damage to it is not taken for another file's."""
+    return json.dumps(digests | {"manifest": sha256_json(digests)}, indent=2) + "\n"
 
 
 def _optimizer_tensors(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from firefly.console import warn
+from firefly.errors import DiskFullError, OutputError
 from firefly.files import write_atomic, writing_to
 from firefly.plots import BLUE, ORANGE, figure, label
 
@@ -18,7 +20,8 @@ class Metrics:
         self.run, self.path = run, run / "metrics.jsonl"
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-        self.handle = self.path.open("a", encoding="utf-8")
+        self.handle: IO[bytes] = self.path.open("ab", buffering=0)
+        self.waiting: list[str] = []  # lines that a full disk did not take
         self.board: Any = None
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
@@ -38,17 +41,34 @@ class Metrics:
         return rows
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row and hand it to TensorBoard."""
-        with writing_to(self.path):
-            self.handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self.handle.flush()
+        """Append one row and hand it to TensorBoard; on a full disk rows wait for space, with a word."""
+        self.waiting.append(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            self._append()
             if self.board is not None:
-                for name, value in _scalars(row):
-                    self.board.add_scalar(name, value, row["step"])
+                with writing_to(self.path):
+                    for name, value in _scalars(row):
+                        self.board.add_scalar(name, value, row["step"])
+        except DiskFullError as error:
+            if len(self.waiting) <= 1:
+                warn(f"{error} Training goes on; its metrics wait in memory.")
+
+    def _append(self) -> None:
+        """Write what waits, all of it or nothing, so that a later row never follows half a line."""
+        end, data = self.path.stat().st_size, "".join(self.waiting).encode("utf-8")
+        try:
+            with writing_to(self.path):
+                while data:  # a disk that fills up takes a part first
+                    data = data[self.handle.write(data) :]
+        except DiskFullError:
+            self.handle.truncate(end)
+            raise
+        self.waiting.clear()
 
     def draw(self) -> None:
-        """Draw loss.png from everything written so far."""
-        draw_loss(self.rows(), self.run / "loss.png")
+        """Draw loss.png from everything written so far, if the disk has room for it."""
+        with suppress(OutputError):
+            draw_loss(self.rows(), self.run / "loss.png")
 
     def __enter__(self) -> Metrics:
         return self

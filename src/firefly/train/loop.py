@@ -29,7 +29,7 @@ from firefly.data.chatformat import open_format
 from firefly.data.loader import Batch, TrainingStream, in_order
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import Tokens
-from firefly.errors import CheckpointError, Interrupted, ModelError, TrainingError
+from firefly.errors import CheckpointError, DiskFullError, Interrupted, ModelError, TrainingError
 from firefly.files import sha256_file, sha256_json, write_atomic, write_json
 from firefly.model.families import CausalModel, transformers_model
 from firefly.model.load import load_model, num_parameters, save_model, stored_dtype
@@ -37,7 +37,7 @@ from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss, loss_by_kind
 from firefly.model.shards import weight_files
 from firefly.recipe import Recipe, TrainSection
-from firefly.train.checkpoint import TrainState, find_checkpoints, load_checkpoint, save_checkpoint
+from firefly.train.checkpoint import TrainState, load_checkpoint, newest_sound, save_checkpoint
 from firefly.train.curves import Metrics
 from firefly.train.objectives import LEARNS_EVERY_TOKEN
 from firefly.train.optim import learning_rate_at, make_optimizer
@@ -65,8 +65,9 @@ class TrainResult:
 def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Path) -> TrainResult:
     """Train `model_dir` on a tokens directory; checkpoints go to `run`, the finished model to `out`.
 
-    Goes on from the newest checkpoint in `run`. Raises `CheckpointError` when that is damaged or belongs to
-    another run, `TrainingError` when the loss is not finite, `Interrupted` after saving on SIGTERM or SIGINT.
+    Goes on from the newest sound checkpoint in `run`. A full disk lets the run go on without that checkpoint, and
+    it is tried again soon. Raises `CheckpointError` when no checkpoint is sound or they belong to another run,
+    `TrainingError` when the loss is not finite, `Interrupted` after saving on SIGTERM or SIGINT.
     """
     section = recipe.train
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,6 +107,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps, recipe.data.pack_length)
     state = _start_or_resume(recipe, run, names, optimizer, fingerprint, device)
     resumed_s, resumed_tokens, elapsed_before_s = time.monotonic(), state.trained_tokens, state.elapsed_s
+    next_save = _next_save(state.step, section.save_steps)
     with (
         _stop_signals() as stop,
         Metrics(run, state.step, section.report_to) as metrics,
@@ -135,8 +137,15 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
             last = state.step == total_steps
             if last or (section.eval_steps and state.step % section.eval_steps == 0):
                 metrics.write({"step": state.step, "validation": validate(model, held_out, device, bf16)})
-            if last or stop.asked or state.step % section.save_steps == 0:
-                saved = save_checkpoint(run, names, optimizer, state, section.save_total_limit)
+            if last or stop.asked or state.step >= next_save:
+                next_save = _next_save(state.step, section.save_steps)
+                try:
+                    saved = save_checkpoint(run, names, optimizer, state, section.save_total_limit)
+                except DiskFullError as error:
+                    if last or stop.asked:
+                        raise
+                    next_save = min(next_save, state.step + max(1, section.save_steps // 10))
+                    warn(f"{error} Training goes on; the next checkpoint is tried at step {next_save}.")
                 metrics.draw()
                 if stop.asked:
                     raise Interrupted(
@@ -170,8 +179,8 @@ def _start_or_resume(
     """Go on from the newest checkpoint of `run`, or begin: freeze recipe and environment."""
     for leftover in run.glob(".checkpoint-*"):  # of a process that was killed while it saved
         shutil.rmtree(leftover)
-    checkpoints = find_checkpoints(run)
-    if not checkpoints:
+    newest = newest_sound(run)
+    if newest is None:
         write_atomic(run / "recipe.toml", recipe.to_toml())
         write_json(run / "environment.json", _environment(device))
         return TrainState(fingerprint=fingerprint, num_threads=torch.get_num_threads())
@@ -180,8 +189,8 @@ def _start_or_resume(
             f"{run} already holds checkpoints and train.resume_from_checkpoint is 'never'; "
             "choose another output_dir, or set it to 'auto' to go on."
         )
-    state = load_checkpoint(checkpoints[-1], names, optimizer, fingerprint)
-    say(f"train: resuming from {checkpoints[-1].name}")
+    state = load_checkpoint(newest, names, optimizer, fingerprint)
+    say(f"train: resuming from {newest.name}")
     if state.num_threads != torch.get_num_threads() and device.type == "cpu":
         warn(
             f"{state.num_threads} threads before, {torch.get_num_threads()} now: losses may differ in the last bits"
@@ -234,6 +243,11 @@ def _samples(batches: list[Batch], data: Tokens) -> str:
     numbers = [number for batch in batches for number in batch.sample_ids]
     lines = [int(data.origins[number]) + 1 for number in numbers]
     return f"The samples are lines {', '.join(map(str, lines))} of the dataset's train.jsonl"
+
+
+def _next_save(step: int, save_steps: int) -> int:
+    """The next multiple of `save_steps`."""
+    return (step // save_steps + 1) * save_steps
 
 
 def _micro_batches(stream: TrainingStream, step: int, accumulation: int) -> list[Batch]:
