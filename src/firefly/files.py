@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,10 +162,8 @@ def _locked(lock: Path, place: Path, what: str) -> Iterator[None]:
         handle = lock.open("w")
     with handle:
         if os.name == "posix":
-            import fcntl
-
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock(handle)
                 if not os.path.samestat(os.fstat(handle.fileno()), lock.stat()):
                     raise BlockingIOError  # its holder has ended and taken it away in this very moment
             except (BlockingIOError, FileNotFoundError) as error:
@@ -172,6 +171,22 @@ def _locked(lock: Path, place: Path, what: str) -> Iterator[None]:
                     f"Another process is working in {place} ({what}); wait for it, or choose another output_dir."
                 ) from error
         yield
+
+
+def _flock(handle: IO[str]) -> None:
+    """Lock the file, or raise `BlockingIOError`.
+
+    A process that was killed while it started a child holds its locks until the child comes to itself: wait for that.
+    """
+    import fcntl
+
+    for patience in range(20, -1, -1):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not patience:
+                raise
+            time.sleep(0.02)
 
 
 def sha256_file(path: Path) -> str:
