@@ -236,10 +236,19 @@ def test_a_full_disk_keeps_what_was_there(
     assert not list((out / "run").glob("*checkpoint*"))
 
 
+@pytest.mark.parametrize("seen_before", [True, False])
 def test_a_full_disk_while_data_is_built(
-    toml: Callable[..., str], small_disk: Path, capsys: Any, tmp_path: Path
+    toml: Callable[..., str],
+    small_disk: Path,
+    capsys: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seen_before: bool,
 ) -> None:
+    if not seen_before:  # as when another program fills the disk in the meantime
+        monkeypatch.setattr("firefly.data.dataset.require_disk", lambda *_: None)
     recipe = toml(lambda table: table.update(output_dir=str(small_disk / "out")))
     write_pairs(tmp_path / "pairs.jsonl", 20_000)
-    assert "The disk is full" in fails(capsys, "data", recipe)
+    said = fails(capsys, "data", recipe)
+    assert ("and the disk has" if seen_before else "The disk is full") in said
     assert not (small_disk / "out" / "dataset").exists()

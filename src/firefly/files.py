@@ -182,7 +182,8 @@ def _flock(handle: IO[str]) -> None:
 
     for patience in range(20, -1, -1):
         try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
             if not patience:
                 raise
