@@ -2,7 +2,7 @@
 
     python bench/data.py [--quick] [--tokenizers DIR]
 
-Records of four kinds, lengths much like the article's; Qwen3's tokenizer; ChatML; two processes for Firefly and for
+Records of six sources, lengths much like the article's; Qwen3's tokenizer; ChatML; two processes for Firefly and for
 `datasets.map`. Firefly does all of it: template → render → encode → mask → cut → write → pack, once with the standard
 encoder and once with the faster one (its proof and audits included). `datasets.map` gets rendered examples and only
 renders the format, encodes and masks them. The original's path runs per record, as its data loader does: two
@@ -41,10 +41,12 @@ from firefly.recipe import DataSection
 LIMIT, PACK, WORKERS, BLOCK = 1024, 2048, 2, 2000
 SOURCES: tuple[tuple[str, str, dict[str, str], float], ...] = (
     # kind, file of the development data, field → its name there, share
-    ("Couplet", "couplet_duilian", {"first": "first", "second": "second"}, 0.2),
-    ("ClassicalChinese", "classical_niutrans", {"classical": "classical", "modern": "modern"}, 0.2),
-    ("SentimentAnalyze", "senti_shopping", {"review": "review", "label": "label"}, 0.2),
-    ("", "inst_alpaca_zh_carbonz0", {"input": "instruction", "target": "output"}, 0.4),
+    ("Couplet", "couplet_duilian", {"first": "first", "second": "second"}, 0.1),
+    ("ClassicalChinese", "classical_niutrans", {"classical": "classical", "modern": "modern"}, 0.25),
+    ("SentimentAnalyze", "senti_shopping", {"review": "review", "label": "label"}, 0.25),
+    ("", "inst_alpaca_zh_carbonz0", {"input": "instruction", "target": "output"}, 0.2),
+    ("", "cot_alpaca_cot", {"input": "instruction", "target": "output"}, 0.14),
+    ("", "mrc_cmrc2018", {"input": "context", "target": "question"}, 0.06),
 )
 
 Raw = tuple[str, dict[str, str]]
@@ -240,7 +242,7 @@ def main() -> None:
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     count, repeats, small, large = (
-        (50_000, 1, 20_000, 100_000) if options.quick else (200_000, 3, 100_000, 2_000_000)
+        (50_000, 1, 20_000, 100_000) if options.quick else (500_000, 3, 100_000, 2_000_000)
     )
     examples = [
         Example.from_record(json.loads(line), Path("bench"), 0)
@@ -260,7 +262,7 @@ def main() -> None:
             table = datasets.Dataset.from_dict({"input": questions, "target": answers})
             table.save_to_disk(f"{folder}/pairs")
             seconds["datasets_map"].append(datasets_map(datasets.load_from_disk(f"{folder}/pairs"), model))
-        some = pairs[: count // 4]
+        some = pairs[: count // 10]
         seconds["item"].append(firefly_item(some, model) * size / characters(some))
         rates = ", ".join(f"{name} {count / taken[-1]:,.0f}" for name, taken in seconds.items())
         print(f"run {turn + 1}, records/s: {rates}", flush=True)
