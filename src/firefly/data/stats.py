@@ -62,9 +62,10 @@ def _percentile(values: NDArray[np.int64], counts: NDArray[np.int64], share: flo
 
 
 def task_chart(path: Path, counts: Mapping[str, int], titles: Mapping[str, str]) -> None:
-    """Draw one horizontal bar a task, the largest on top; `titles` holds Chinese names by kind."""
-    kinds = sorted(counts, key=lambda kind: (counts[kind], kind))
-    names = [plots.label(f"{titles.get(kind, '')} {kind}".strip(), kind) for kind in kinds]
+    """Draw one horizontal bar a task that has any, the largest on top; `titles` holds Chinese names by kind."""
+    kinds = sorted((kind for kind in counts if counts[kind]), key=lambda kind: (counts[kind], kind))
+    chinese = {kind: title for kind, title in titles.items() if title.lower() != kind.lower()}
+    names = [plots.label(f"{chinese.get(kind, '')} {kind}".strip(), kind) for kind in kinds]
     total = sum(counts.values())
     with plots.figure(path, height=max(2.5, 1 + 0.32 * len(kinds))) as axes:
         bars = axes.barh(names, [counts[kind] for kind in kinds], color=plots.BLUE)
