@@ -92,6 +92,28 @@ def test_every_record_is_trained_on_held_out_or_rejected_with_its_reason(tmp_pat
     assert (tmp_path / "out" / "tasks.png").stat().st_size > 1000
 
 
+def test_the_card_tells_what_each_source_was_read_as_and_under_which_licence(tmp_path: Path) -> None:
+    """A licence is the recipe's word, or the task file's about this very file: never about someone's own file."""
+    own = str(write(tmp_path / "mine.jsonl", idioms(9)))
+    known = str(write(tmp_path / "idioms.jsonl", idioms(9, start=9)))
+    given = str(write(tmp_path / "given.jsonl", idioms(9, start=18)))
+    build(
+        tmp_path / "out",
+        {"path": own, "task": "Dictionary"},
+        {"path": known, "task": "Dictionary"},
+        {"path": given, "task": "Dictionary", "licence": "CC BY 4.0"},
+        validation_fraction=0,
+    )
+    card = json.loads((tmp_path / "out" / "card.json").read_text("utf-8"))
+    licences = [source["licence"] for source in card["sources"]]
+    assert licences == [None, "Firefly's own idiom glosses: Apache-2.0", "CC BY 4.0"]
+    readme = (tmp_path / "out" / "README.md").read_text("utf-8")
+    for source in card["sources"]:
+        assert source["files"][0]["importer"] == "records"
+        assert source["files"][0]["sha256"][:16] in readme
+    assert "| records |" in readme and "auto" not in readme
+
+
 def test_examples_come_back_in_the_order_of_the_sources(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", idioms(9))
     write(

@@ -157,7 +157,7 @@ def _read_sources(data: DataSection, files: list[_File], place: Path) -> _Read:
     with console.progress("read", total_bytes / 2**20, "MiB") as shown:
         works = _works(data, read, shown)
         for prepared in ordered_map(prepare, works, engine=data.engine, num_workers=data.num_workers):
-            columns = prepared.columns
+            columns = prepared.columns.copy()  # what came from Ray cannot be written to
             for name, local, names in (
                 ("kind", prepared.kinds, read.kinds),
                 ("reason", prepared.reasons, read.reasons),
@@ -352,7 +352,6 @@ def _card(
             "title_zh": known[name].title_zh,
             "title_en": known[name].title_en,
             "metric": known[name].metric,
-            "licences": [f"{source.name}: {source.licence}" for source in known[name].sources],
         } if name in known else {}  # fmt: skip
         kinds[name] = counts | {
             "reasons": dict(sorted(_reasons(read, decided, here).items())),
@@ -376,6 +375,7 @@ def _source_card(index: int, source: Source, read: _Read, decided: _Decided) -> 
     mine = [(number, file) for number, file in enumerate(read.files) if file.source == index]
     here = decided.source == index
     return source.model_dump() | {
+        "licence": source.licence or _licence(source.task, {file.path.name for _, file in mine}),
         "files": [
             {
                 "name": file.path.name,
@@ -392,6 +392,15 @@ def _source_card(index: int, source: Source, read: _Read, decided: _Decided) -> 
     }
 
 
+def _licence(kind: str | None, names: set[str]) -> str | None:
+    """What the task's file says of files of these names, or of its records in general; None where it is silent."""
+    known = load_tasks().get(kind or "")
+    if known is None:
+        return None
+    told = [one for one in known.sources if one.file in names] or [one for one in known.sources if not one.file]
+    return "; ".join(f"{one.name}: {one.licence}" for one in told) or None
+
+
 def _histogram(lengths: NDArray[Any], copies: NDArray[np.int64]) -> dict[int, int]:
     """How many examples have each number of characters."""
     used = copies > 0
@@ -403,7 +412,7 @@ def _tell(result: DatasetResult) -> None:
     """Say in a few lines what was made and what was lost."""
     console.say(
         f"data: {result.train:,} training and {result.validation:,} validation examples "
-        f"of {len(result.kinds)} tasks in {result.path}"
+        f"of {sum(sides['train'] + sides['validation'] > 0 for sides in result.kinds.values())} tasks in {result.path}"
     )
     if result.rejected:
         why = ", ".join(f"{reason} {count:,}" for reason, count in result.reasons.items())
