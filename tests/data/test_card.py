@@ -32,7 +32,9 @@ CARD: dict[str, Any] = {
         {
             "path": "/home/someone/private/pairs|<b>.jsonl",
             "importer": "auto",
-            "files": [{"name": "pairs|<b>.jsonl", "importer": "records", "records": 882, "sha256": "ab" * 32}],
+            "files": [
+                {"name": "pairs|<b>.jsonl", "importer": "records", "records": 882, "sha256": "ab" * 32}
+            ],
             "task": "Couplet",
             "licence": "MIT; crawled, CC BY-NC-SA 4.0",
             "records": 882,

@@ -159,7 +159,7 @@ def _source_table(card: Card) -> Table:
     table = Table(
         "来源 · Sources",
         {"file": "", "task": "", "importer": "", "licence": "", **dict.fromkeys(counts, ",d"), "sha256": ""},
-        note=f"sha256: the beginning of the hashes of a source's first {_HASHES_SHOWN} files; card.json has all of them.",
+        note=f"sha256: how the hashes of a source's first {_HASHES_SHOWN} files begin; card.json has all of them.",
     )
     for source in card.get("sources", []):
         table.rows.append(

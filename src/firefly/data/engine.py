@@ -85,9 +85,10 @@ def _on_ray(
         # Joins the cluster that RAY_ADDRESS names, if any.
         ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
 
-    @ray.remote  # refuses a `partial`, so it gets a function of our own
-    def remote(block: Any) -> Any:
+    def work(block: Block) -> Result:  # Ray refuses a `partial`
         return function(block)
+
+    remote = ray.remote(work)
 
     most = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
