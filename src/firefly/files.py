@@ -365,6 +365,8 @@ class RefusedJSON(ValueError):
 def not_json(error: ValueError | RecursionError, where: str) -> InputError:
     """The sentence about a text that `JSON_DECODER` refused."""
     why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, json.JSONDecodeError):  # its own words have a line, too, which is always 1
+        why = f"{error.msg} at column {error.colno}"
     return InputError(f"{where}: not valid JSON ({why}); write one JSON object a line.")
 
 

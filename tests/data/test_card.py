@@ -17,7 +17,6 @@ CARD: dict[str, Any] = {
     "examples": {"train": 900, "validation": 100, "rejected": 3},
     "validation_fraction": 0.1,
     "deduplicate": "near",
-    "duplicates": 2,
     "characters": length_summary(range(1, 1001)),
     "kinds": {
         "NLI": {"train": 100, "validation": 20, "rejected": 1, "reasons": {"empty_target": 1}},
@@ -32,10 +31,12 @@ CARD: dict[str, Any] = {
     "sources": [
         {
             "path": "/home/someone/private/pairs|<b>.jsonl",
-            "importer": "records",
+            "importer": "auto",
+            "files": [
+                {"name": "pairs|<b>.jsonl", "importer": "records", "records": 882, "sha256": "ab" * 32}
+            ],
             "task": "Couplet",
             "licence": "MIT; crawled, CC BY-NC-SA 4.0",
-            "sha256": "ab" * 32,
             "records": 882,
             "train": 800,
             "validation": 80,
@@ -88,6 +89,8 @@ def test_everything_is_told_and_nothing_of_the_machine(folder: Path) -> None:
         "academic research only",
         "880",
         '"答"',
+        "2 records were dropped as repetitions",
+        "| records |",
     ):
         assert told in text
     assert "pairs\\|&lt;b>.jsonl" in text  # stays in its cell, and is no tag

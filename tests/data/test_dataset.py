@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,28 @@ def test_every_record_is_trained_on_held_out_or_rejected_with_its_reason(tmp_pat
     assert rejects[0]["duplicate_of"] == "i.jsonl:1"
     assert card["kinds"]["Dictionary"]["characters"]["count"] == 50
     assert (tmp_path / "out" / "tasks.png").stat().st_size > 1000
+
+
+def test_the_card_tells_what_each_source_was_read_as_and_under_which_licence(tmp_path: Path) -> None:
+    """A licence is the recipe's word, or the task file's about this very file: never about someone's own file."""
+    own = str(write(tmp_path / "mine.jsonl", idioms(9)))
+    known = str(write(tmp_path / "idioms.jsonl", idioms(9, start=9)))
+    given = str(write(tmp_path / "given.jsonl", idioms(9, start=18)))
+    build(
+        tmp_path / "out",
+        {"path": own, "task": "Dictionary"},
+        {"path": known, "task": "Dictionary"},
+        {"path": given, "task": "Dictionary", "licence": "CC BY 4.0"},
+        validation_fraction=0,
+    )
+    card = json.loads((tmp_path / "out" / "card.json").read_text("utf-8"))
+    licences = [source["licence"] for source in card["sources"]]
+    assert licences == [None, "Firefly's own idiom glosses: Apache-2.0", "CC BY 4.0"]
+    readme = (tmp_path / "out" / "README.md").read_text("utf-8")
+    for source in card["sources"]:
+        assert source["files"][0]["importer"] == "records"
+        assert source["files"][0]["sha256"][:16] in readme
+    assert "| records |" in readme and "auto" not in readme
 
 
 def test_examples_come_back_in_the_order_of_the_sources(tmp_path: Path) -> None:
@@ -306,6 +329,53 @@ def test_a_bad_record_stops_or_is_rejected_as_the_recipe_says(tmp_path: Path) ->
     result = build(tmp_path / "out", source, on_bad_record="skip", validation_fraction=0)
     assert (result.train, result.rejected, result.reasons) == (4, 2, {"bad_record": 2})
     assert [row["source"] for row in rejects_of(tmp_path / "out")] == ["i.jsonl:4", "i.jsonl:5"]
+
+
+def test_a_file_that_breaks_off_stops_or_loses_its_rest_as_the_recipe_says(tmp_path: Path) -> None:
+    """In a folder of parts: an empty one, one without a sound line, and one whose compression breaks off."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    write(parts / "a.jsonl", idioms(3))
+    packed = gzip.compress((parts / "a.jsonl").read_bytes())
+    (parts / "b.jsonl").write_bytes(b"")
+    (parts / "c.jsonl").write_bytes("\ufeff词".encode("utf-16"))
+    (parts / "d.jsonl.gz").write_bytes(packed[:20])
+    write(parts / "e.jsonl", idioms(3, start=3))
+    source = {"path": str(parts), "task": "Dictionary"}
+    with pytest.raises(InputError, match=r"data\.sources\[0\]: The file .*b\.jsonl is empty"):
+        build(tmp_path / "out", source)
+    (parts / "b.jsonl").write_bytes(b"\n")
+    with pytest.raises(InputError, match=r"data\.sources\[0\]: .*b\.jsonl has no records"):
+        build(tmp_path / "out", source)
+    (parts / "b.jsonl").write_bytes(b"")
+    result = build(tmp_path / "out", source, on_bad_record="skip", validation_fraction=0)
+    assert (result.train, result.reasons) == (6, {"bad_record": 3})
+    rejects = {row["source"]: row["text"] for row in rejects_of(tmp_path / "out")}
+    assert list(rejects) == ["b.jsonl:1", "c.jsonl:1", "d.jsonl.gz:1"]
+    for place, why in zip(rejects, ("is empty", "not valid UTF-8", "breaks off"), strict=True):
+        assert why in rejects[place]
+
+
+def test_what_in_the_mix_has_no_effect_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write(tmp_path / "i.jsonl", idioms(9)))
+    console.quiet(False)
+    mix = {"weights": {"Dictionarry": 2.0}, "caps": {"Dictionary": 100}}
+    build(tmp_path / "out", {"path": path, "task": "Dictionary"}, mix=mix)
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert (
+        "data.mix.weights names 'Dictionarry', of which there is no record; did you mean 'Dictionary'" in told
+    )
+    assert "data.mix.caps" not in told
+
+
+def test_a_column_that_is_no_task_is_not_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firefly.data.candidates._MOST_NAMES", 20)
+    rows = [{"kind": f"id-{number}", "input": f"问{number}", "target": "答"} for number in range(50)]
+    with pytest.raises(InputError, match="More than 20 different kinds, 'id-20' being one"):
+        build(tmp_path / "out", {"path": str(write(tmp_path / "i.jsonl", rows))})
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_repeat_small_tasks_in_new_words_and_thin_large_ones(tmp_path: Path) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from firefly.data import dataset as dataset_module
+from firefly.data import tokens as tokens_module
+from firefly.data.dataset import build_dataset
 from firefly.data.engine import ordered_map
+from firefly.data.tokens import encode_dataset
 from firefly.errors import InputError
+from firefly.recipe import DataSection
+from tiny import write_pairs
 
 
 def slow_square(number: int) -> tuple[int, int]:
@@ -86,3 +93,44 @@ def test_a_ray_cluster_does_the_same() -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="three is bad"):
         next(results)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_dataset_and_its_tokens_made_on_ray_have_the_same_bytes(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cleaning, near repetitions, overlaps with an evaluation file, the mix, encoding: block by block over there."""
+    monkeypatch.setattr(dataset_module, "_RECORDS_AT_ONCE", 20)  # many blocks
+    monkeypatch.setattr(tokens_module, "_BLOCK_RECORDS", 20)
+    source = write_pairs(tmp_path / "pairs.jsonl", 120)
+    lines = source.read_text("utf-8").splitlines()
+    hidden = json.loads(lines[5])["target"] + "，这一句只在考卷里才有"
+    lines += [lines[3], '{"kind": ', json.dumps({"kind": "K", "input": "考题", "target": hidden})]
+    source.write_text("\n".join(lines) + "\n", "utf-8")
+    (tmp_path / "exam.jsonl").write_text(json.dumps({"answer": hidden}), "utf-8")
+    made = {}
+    for engine in ("local", "ray"):
+        data = DataSection.model_validate(
+            {
+                "sources": [{"path": str(source)}],
+                "on_bad_record": "skip",
+                "deduplicate": "near",
+                "decontaminate": [str(tmp_path / "exam.jsonl")],
+                "decontaminate_ngram": 12,
+                "mix": {"epochs": 1.5},
+                "validation_fraction": 0.2,
+                "engine": engine,
+                "num_workers": 2 if engine == "ray" else 1,
+            }
+        )
+        place = tmp_path / engine
+        result = build_dataset(data, place / "dataset")
+        encode_dataset(place / "dataset", tiny("bloom"), data, place / "tokens")
+        made[engine] = files_in(place)
+        assert {"bad_record", "duplicate", "contaminated"} <= set(result.reasons)
+    assert made["local"].keys() == made["ray"].keys() and len(made["ray"]) > 15
+    assert [name for name in made["ray"] if made["ray"][name] != made["local"][name]] == []

@@ -219,4 +219,4 @@ build_dataset(DataSection.model_validate(table), Path("made"))
     assert (example["kind"], example["target"]) == ("Riddle", "雨")
     assert "千条线，万条线，落到水里都不见" in example["input"]
     card = json.loads((tmp_path / "made" / "card.json").read_text("utf-8"))
-    assert card["kinds"]["Riddle"]["licences"] == ["our own riddles: Apache-2.0"]
+    assert card["sources"][0]["licence"] == "our own riddles: Apache-2.0"

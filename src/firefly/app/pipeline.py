@@ -139,7 +139,8 @@ class _Line:
     def dataset(self, base: Path) -> None:  # noqa: ARG002 - stages have one signature
         data = self.recipe.data
         read = [path for source in data.sources for path in files_of(locate(source.path))]
-        files = [_identity(path) for path in (*read, *map(Path, data.decontaminate))]
+        exams = [path for given in data.decontaminate for path in files_of(Path(given))]
+        files = [_identity(path) for path in (*read, *exams)]
         choices = data.model_dump(exclude=_OF_TOKENS | _HARMLESS_DATA | {"pack_length"})
         place = self.out / "dataset"
         self._stage("dataset", place, [choices, files], lambda: build_dataset(data, place))

@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from firefly.errors import InputError
+
 _ROWS_AT_ONCE = 1 << 16
+_MOST_NAMES = 1 << 12  # decisions are made kind by kind
 KEPT = 0  # the reason's number of a candidate that nothing speaks against
 COLUMN = np.dtype(
     [
@@ -43,8 +46,13 @@ class Names:
         self._numbers = {name: number for number, name in enumerate(names)}
 
     def number(self, name: str) -> int:
-        """The number of a name, a new one if it is new."""
+        """The number of a name, a new one if it is new; raises `InputError` when there are too many to be names."""
         if name not in self._numbers:
+            if len(self.all) == _MOST_NAMES:
+                raise InputError(
+                    f"More than {_MOST_NAMES:,} different kinds, '{name[:40]}' being one: a record's kind is the name "
+                    "of its task. Name an importer that does not read the field 'kind', or mend the records."
+                )
             self._numbers[name] = len(self.all)
             self.all.append(name)
         return self._numbers[name]

@@ -43,6 +43,7 @@ _SIZES = (
     (10**6, "100K<n<1M"),
     (10**7, "1M<n<10M"),
 )
+_HASHES_SHOWN = 3
 _TEXT = {"dtype": "string"}
 # Said aloud, since a loader that guesses fails where pairs and conversations stand in one file.
 _FEATURES: list[dict[str, Any]] = [
@@ -105,7 +106,7 @@ def summary(card: Card) -> str:
     """What the dataset holds, in one sentence."""
     totals = {side: sum(row.get(side, 0) for row in _kinds(card).values()) for side in SIDES}
     return (
-        f"{totals['train']:,} training and {totals['validation']:,} validation examples of {len(_kinds(card))} tasks; "
+        f"{totals['train']:,} training and {totals['validation']:,} validation examples of {len(_sizes(card))} tasks; "
         f"{totals['rejected']:,} rejected."
     )
 
@@ -126,7 +127,9 @@ def _kinds(card: Card) -> dict[str, Card]:
 
 
 def _sizes(card: Card) -> dict[str, int]:
-    return {kind: row.get("train", 0) + row.get("validation", 0) for kind, row in _kinds(card).items()}
+    """Examples of each kind; a kind of which everything was dropped is none."""
+    sizes = {kind: row.get("train", 0) + row.get("validation", 0) for kind, row in _kinds(card).items()}
+    return {kind: size for kind, size in sizes.items() if size}
 
 
 def _task_table(card: Card) -> Table:
@@ -156,17 +159,17 @@ def _source_table(card: Card) -> Table:
     table = Table(
         "来源 · Sources",
         {"file": "", "task": "", "importer": "", "licence": "", **dict.fromkeys(counts, ",d"), "sha256": ""},
-        note="sha256: the beginning of each source file's hash; card.json has all of it.",
+        note=f"sha256: how the hashes of a source's first {_HASHES_SHOWN} files begin; card.json has all of them.",
     )
     for source in card.get("sources", []):
         table.rows.append(
             [
                 _shown_path(str(source.get("path", ""))),
                 source.get("task") or "",
-                source.get("importer") or "",
-                _licence(source, card),
+                ", ".join(dict.fromkeys(str(file["importer"]) for file in source.get("files", []))),
+                source.get("licence") or "",
                 *(source.get(name) for name in counts),
-                _shown_hash(source.get("sha256")),
+                " ".join(str(file["sha256"])[:16] for file in source.get("files", [])[:_HASHES_SHOWN]),
             ]
         )
     return table
@@ -186,19 +189,6 @@ def _drop_table(card: Card) -> Table:
 def _shown_path(path: str) -> str:
     """A source's name without the folders of the machine that it lay on."""
     return Path(path).name if Path(path).is_absolute() else path
-
-
-def _shown_hash(sha256: Any) -> str:
-    """The beginning of a hash; of each file's, where a source has several."""
-    hashes = sha256.values() if isinstance(sha256, Mapping) else [sha256] if sha256 else []
-    return " ".join(str(value)[:16] for value in hashes)
-
-
-def _licence(source: Card, card: Card) -> str:
-    """The recipe's word on a source's licence, else what its task's file says."""
-    if source.get("licence"):
-        return str(source["licence"])
-    return "; ".join(card.get("kinds", {}).get(source.get("task"), {}).get("licences", []))
 
 
 def hub_licences(texts: Iterable[str]) -> list[str]:
@@ -238,7 +228,7 @@ def readme(folder: Path, card: Card, pictures: Sequence[str]) -> str:
 def _header(card: Card) -> dict[str, Any]:
     """The values of the YAML header, in the Hub's words."""
     kinds = _kinds(card)
-    licences = hub_licences(_licence(source, card) for source in card.get("sources", []))
+    licences = hub_licences(source.get("licence") or "" for source in card.get("sources", []))
     total = sum(_sizes(card).values())
     header: dict[str, Any] = {"pretty_name": "Firefly Chinese instruction data", "license": licences}
     if "other" in licences:
@@ -293,9 +283,13 @@ def _how(card: Card) -> str:
         sentences.append(
             f"Repetitions were looked for with `deduplicate = {json.dumps(card['deduplicate'])}`."
         )
-    for key, text in (("duplicates", "repetitions"), ("contaminated", "overlaps with evaluation files")):
-        if isinstance(card.get(key), int):
-            sentences.append(f"{card[key]:,} records were dropped as {text}.")
+    for reasons, text in (
+        (("duplicate", "near_duplicate"), "repetitions"),
+        (("contaminated",), "overlaps with evaluation files"),
+    ):
+        rows = _kinds(card).values()
+        if count := sum(row.get("reasons", {}).get(reason, 0) for row in rows for reason in reasons):
+            sentences.append(f"{count:,} records were dropped as {text}.")
     if "validation_fraction" in card:
         sentences.append(
             f"A share of {card['validation_fraction']:g} was held out by content hash, so that a record never changes "

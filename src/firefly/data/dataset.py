@@ -33,10 +33,10 @@ from firefly.data.dedup import PERMUTATIONS, band_keys, mark_exact, mark_near
 from firefly.data.emit import NOT_USED, TRAIN, VALIDATION, Chosen, emit
 from firefly.data.engine import ordered_map
 from firefly.data.example import Example
-from firefly.data.importers import NEED_TASK, recognise
+from firefly.data.importers import NEED_TASK, NoRecords, recognise
 from firefly.data.mix import copies, multiplicities, within_cap
 from firefly.data.prepare import Work, prepare, split_number
-from firefly.data.readers import files_of, read_tolerant
+from firefly.data.readers import Numbered, files_of, read_tolerant
 from firefly.data.stats import length_summary
 from firefly.data.tasks import load_tasks, task
 from firefly.errors import FireflyError, InputError, OutputError, choices
@@ -110,7 +110,8 @@ def build_dataset(data: DataSection, out: Path) -> DatasetResult:
     Raises `InputError` for a bad source, record, task or importer, or when no example is left to train on;
     `OutputError` when `out` cannot be written or holds something that is not a dataset.
     """
-    files = [file for index, source in enumerate(data.sources) for file in _check(index, source)]
+    skip_bad = data.on_bad_record == "skip"
+    files = [file for index, source in enumerate(data.sources) for file in _check(index, source, skip_bad)]
     if out.exists() and not (out / "card.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} exists and is not a dataset; choose another output_dir, or remove it.")
     require_disk(out, _SPACE * sum(file.path.stat().st_size for file in files))
@@ -131,18 +132,23 @@ def build_dataset(data: DataSection, out: Path) -> DatasetResult:
         card = _card(data, read, decided, result, folder, characters)
         write_json(folder / "card.json", card)
         write_cards(folder, card)
-    _tell(result)
+    _tell(result, data)
     return result
 
 
-def _check(index: int, source: Source) -> list[_File]:
+def _check(index: int, source: Source, skip_bad: bool) -> list[_File]:
     """The files of a source with their importers, before any work begins."""
     place = f"data.sources[{index}]"
+    files = []
     try:
-        files = [
-            _File(index, path, recognise(source.importer, path, source.task))
-            for path in files_of(locate(source.path))
-        ]
+        for path in files_of(locate(source.path)):
+            try:
+                name = recognise(source.importer, path, source.task)
+            except NoRecords:
+                if not skip_bad:
+                    raise
+                name = "none"  # reading it will say why
+            files.append(_File(index, path, name))
         if source.task and any(file.importer in NEED_TASK for file in files):
             task(source.task)
     except FireflyError as error:
@@ -157,7 +163,7 @@ def _read_sources(data: DataSection, files: list[_File], place: Path) -> _Read:
     with console.progress("read", total_bytes / 2**20, "MiB") as shown:
         works = _works(data, read, shown)
         for prepared in ordered_map(prepare, works, engine=data.engine, num_workers=data.num_workers):
-            columns = prepared.columns
+            columns = prepared.columns.copy()  # what came from Ray cannot be written to
             for name, local, names in (
                 ("kind", prepared.kinds, read.kinds),
                 ("reason", prepared.reasons, read.reasons),
@@ -186,10 +192,23 @@ def _works(data: DataSection, read: _Read, shown: console.Progress) -> Iterator[
             evaluation=(tuple(data.decontaminate), data.decontaminate_ngram),
             near=data.deduplicate == "near",
         )
-        for records in _blocks(read_tolerant(file.path)):
+        for records in _blocks(_records(file.path, data.on_bad_record == "skip")):
             read.records[number] += len(records)
             yield make(records=records)
         shown.advance(file.path.stat().st_size / 2**20, file.path.name)
+
+
+def _records(path: Path, skip_bad: bool) -> Iterator[Numbered]:
+    """The records of a file; with `skip_bad`, a place behind which nothing can be read is its last bad record."""
+    records, last = read_tolerant(path), 0
+    try:
+        for last, record in records:
+            yield last, record
+    except InputError as error:
+        if not skip_bad:
+            raise
+        console.warn(f"the rest of a file is left out: {error}")
+        yield last + 1, error
 
 
 def _blocks(records: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
@@ -352,7 +371,6 @@ def _card(
             "title_zh": known[name].title_zh,
             "title_en": known[name].title_en,
             "metric": known[name].metric,
-            "licences": [f"{source.name}: {source.licence}" for source in known[name].sources],
         } if name in known else {}  # fmt: skip
         kinds[name] = counts | {
             "reasons": dict(sorted(_reasons(read, decided, here).items())),
@@ -376,6 +394,7 @@ def _source_card(index: int, source: Source, read: _Read, decided: _Decided) -> 
     mine = [(number, file) for number, file in enumerate(read.files) if file.source == index]
     here = decided.source == index
     return source.model_dump() | {
+        "licence": source.licence or _licence(source.task, {file.path.name for _, file in mine}),
         "files": [
             {
                 "name": file.path.name,
@@ -392,6 +411,17 @@ def _source_card(index: int, source: Source, read: _Read, decided: _Decided) -> 
     }
 
 
+def _licence(kind: str | None, names: set[str]) -> str | None:
+    """What the task's file says of files of these names, or of its records in general; None where it is silent."""
+    known = load_tasks().get(kind or "")
+    if known is None:
+        return None
+    told = [one for one in known.sources if one.file in names] or [
+        one for one in known.sources if not one.file
+    ]
+    return "; ".join(f"{one.name}: {one.licence}" for one in told) or None
+
+
 def _histogram(lengths: NDArray[Any], copies: NDArray[np.int64]) -> dict[int, int]:
     """How many examples have each number of characters."""
     used = copies > 0
@@ -399,17 +429,22 @@ def _histogram(lengths: NDArray[Any], copies: NDArray[np.int64]) -> dict[int, in
     return {length: int(counts[length]) for length in np.flatnonzero(counts).tolist()}
 
 
-def _tell(result: DatasetResult) -> None:
-    """Say in a few lines what was made and what was lost."""
+def _tell(result: DatasetResult, data: DataSection) -> None:
+    """Say in a few lines what was made and what was lost, and what in the recipe had no effect."""
     console.say(
         f"data: {result.train:,} training and {result.validation:,} validation examples "
-        f"of {len(result.kinds)} tasks in {result.path}"
+        f"of {sum(sides['train'] + sides['validation'] > 0 for sides in result.kinds.values())} tasks in {result.path}"
     )
     if result.rejected:
         why = ", ".join(f"{reason} {count:,}" for reason, count in result.reasons.items())
         console.say(f"data: {result.rejected:,} rejected ({why}); see {result.path}/{FILES['rejected']}")
     if result.unused:
         console.say(f"data: {result.unused:,} left out by caps and weights; card.json has them by kind")
+    for key in ("weights", "caps"):
+        for kind in getattr(data.mix, key).keys() - result.kinds.keys():
+            console.warn(
+                f"data.mix.{key} names '{kind}', of which there is no record; {choices(kind, result.kinds)}"
+            )
     known = load_tasks()
     for kind in result.kinds:
         near = difflib.get_close_matches(kind, known, n=1, cutoff=0.7)

@@ -84,7 +84,12 @@ def _on_ray(
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
         # Joins the cluster that RAY_ADDRESS names, if any.
         ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
-    remote = ray.remote(function)
+
+    def work(block: Block) -> Result:  # Ray refuses a `partial`
+        return function(block)
+
+    remote = ray.remote(work)
+
     most = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def fetch(reference: Any) -> Any:

@@ -16,13 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from firefly.data.clean import digest, normalised
 from firefly.data.example import Example
-from firefly.data.readers import files_of, read_tolerant
+from firefly.data.readers import read_tolerant
 from firefly.data.tasks import load_tasks, task
 from firefly.errors import InputError, choices
 
@@ -96,10 +95,15 @@ def importer(
     return register
 
 
+class NoRecords(InputError):
+    """A file without a single readable record; the sentence is about its first bad one, if there is one."""
+
+
 def recognise(name: str, path: Path, kind: str | None) -> str:
     """The importer to use: `name` itself, or for "auto" the one that the first record looks like.
 
-    Raises `InputError` for an unknown name or format, or when a task is needed and none or an unknown one is given.
+    Raises `InputError` for an unknown name or format, or when a task is needed and none or an unknown one is given;
+    `NoRecords` when there is nothing to look at.
     """
     if name != "auto" and name not in IMPORTERS:
         raise InputError(f"Unknown importer '{name}': {choices(name, ['auto', *IMPORTERS])}.")
@@ -116,10 +120,7 @@ def recognise(name: str, path: Path, kind: str | None) -> str:
 
 
 def _guess(path: Path, kind: str | None) -> str:
-    records = (read_tolerant(file) for file in files_of(path))
-    first = next((record for _, record in chain.from_iterable(records) if isinstance(record, dict)), None)
-    if first is None:
-        raise InputError(f"{path} has no records; give a file with content.")
+    first = _first_record(path)
     fitting = [(shape, name) for shape, name in _SHAPES if shape <= first.keys()]
     if fitting:
         return max(fitting, key=lambda entry: len(entry[0]))[1]
@@ -133,6 +134,18 @@ def _guess(path: Path, kind: str | None) -> str:
         f"{path}: cannot tell the format from the fields of the first record ({', '.join(sorted(first))}); "
         "name a task for raw records, or an importer."
     )
+
+
+def _first_record(path: Path) -> dict[str, Any]:
+    records, bad = read_tolerant(path), None
+    try:
+        for _, record in records:
+            if isinstance(record, dict):
+                return record
+            bad = bad or record
+    except InputError as error:
+        bad = bad or error
+    raise NoRecords(str(bad or f"{path} has no records; give a file with content."))
 
 
 @importer("records", needs_task=True)

@@ -83,8 +83,8 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_tolerant(path: Path) -> Iterator[Numbered]:
     """Yield (number, record) of a file, or the `InputError` in the place of a bad record, and go on behind it.
 
-    Still raises when nothing behind the bad place can be read: an unknown kind, a missing, empty or unreadable
-    file, broken compression, a JSON array that breaks off.
+    Raises at once for an unknown kind, and while reading when nothing behind the bad place can be read: a missing,
+    empty or unreadable file, broken compression, a JSON array that breaks off.
     """
     kind = kind_of(path)
     if kind not in _READERS:
@@ -92,7 +92,7 @@ def read_tolerant(path: Path) -> Iterator[Numbered]:
             f"{path}: cannot tell the format from the name; {choices(kind, _READERS)} "
             "(all but .parquet also with .gz, .xz or .zst behind)."
         )
-    yield from _READERS[kind](path)
+    return _READERS[kind](path)
 
 
 def kind_of(path: Path) -> str:

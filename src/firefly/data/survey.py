@@ -310,7 +310,11 @@ def _forecast_table(result: StatsResult) -> Table:
         note="over: share of samples longer than the limit, in tokens; lost: share of the target tokens that go, with "
         f"data.overlong = {result.overlong}. " + " ".join(result.notes),
     )
-    for kind in [*result.kinds, *(set(result.forecast[str(LIMITS[0])]) - {"all", *result.kinds}), "all"]:
+    for kind in [
+        *result.kinds,
+        *sorted(set(result.forecast[str(LIMITS[0])]) - {"all", *result.kinds}),
+        "all",
+    ]:
         cells = [[limit[kind]["over"], limit[kind]["lost"]] for limit in result.forecast.values()]
         table.rows.append([kind, *(value for pair in cells for value in pair)])
     return table

@@ -60,7 +60,7 @@ class TaskSource:
     name: Text
     licence: Text
     url: str = ""
-    file: str = ""  # its name in the corpus pack
+    file: str = ""  # its name in the corpus pack; without one, the licence is that of every other file
     note: str = ""
 
 
