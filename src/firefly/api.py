@@ -84,26 +84,23 @@ def prune(
     tokens to keep) says how much stays; `tokenizer_only` prunes a directory without its weights. `chart` is a
     PNG file to draw: coverage against vocabulary size.
     """
-    from firefly.files import exclusive_beside
     from firefly.model.hub import resolve
     from firefly.prune.prune import prune_model
 
-    base = resolve(str(model))
-    with exclusive_beside(Path(output), "firefly prune"):
-        return prune_model(
-            base,
-            Path(output),
-            vocab_size=vocab_size,
-            coverage=coverage,
-            tokenizer=Path(tokenizer) if tokenizer else None,
-            corpus=[Path(path) for path in corpus],
-            pad_to_multiple=pad_to_multiple,
-            keep_file=Path(keep_file) if keep_file else None,
-            keep_script=keep_script,
-            tokenizer_only=tokenizer_only,
-            prove_logits=prove_logits,
-            chart=Path(chart) if chart else None,
-        )
+    return prune_model(
+        resolve(str(model)),
+        Path(output),
+        vocab_size=vocab_size,
+        coverage=coverage,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        corpus=[Path(path) for path in corpus],
+        pad_to_multiple=pad_to_multiple,
+        keep_file=Path(keep_file) if keep_file else None,
+        keep_script=keep_script,
+        tokenizer_only=tokenizer_only,
+        prove_logits=prove_logits,
+        chart=Path(chart) if chart else None,
+    )
 
 
 def prune_sizes(

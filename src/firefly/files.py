@@ -145,6 +145,11 @@ def exclusive_beside(path: Path, what: str) -> Iterator[None]:
 
     For results that replace `path` as a whole, and so could not hold a lock in it. Raises as `exclusive` does.
     """
+    if path.exists() and (not path.name or path.samefile(".")):
+        raise OutputError(
+            f"The output {path} is the directory you are in, or the root, and cannot be replaced as a whole; name a "
+            f"directory inside, such as {path / 'result'}."
+        )
     lock = path.with_name(f".{path.name}.lock")
     with _locked(lock, path, what):
         try:

@@ -18,6 +18,7 @@ from firefly.prune import PruneResult, prune_model
 from firefly.prune.counting import count_tokens
 from firefly.prune.proof import prove_tokenizer
 from firefly.prune.prune import parse_id_ranges
+from firefly.prune.sample import Sample
 from firefly.prune.scripts import ids_in_scripts, script
 from firefly.prune.tokenizer import load, read, rebuild, vocabulary
 from firefly.prune.vocabulary import BpeDerivation, base_symbols, choose, closure
@@ -203,9 +204,20 @@ def test_two_at_once_into_one_place_are_told(base: Path, texts: list[str]) -> No
     assert sorted(path.name for path in base.parent.iterdir()) == ["a.txt", "base", "out"]
 
 
+def test_the_directory_one_is_in_is_no_output(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path(), Path.cwd(), Path("..", "here")):
+        with pytest.raises(OutputError, match="the directory you are in"):
+            prune_model(base, out, coverage=0.9, tokenizer_only=True, texts=["春眠"])
+    assert not any(Path().iterdir())
+
+
 def test_a_misspelt_corpus_is_not_an_unknown_kind(base: Path, tmp_path: Path) -> None:
     for name in ("corpus", "corpora/zh", "zh.text.old"):
-        with pytest.raises(InputError, match=f"The corpus file .*{name} does not exist"):
+        with pytest.raises(InputError, match=f"The file .*{name} does not exist"):
             pruned(base, coverage=0.9, corpus=[tmp_path / name])
 
 
@@ -264,7 +276,7 @@ def test_mutations_are_caught_by_name(
 
     def prove(new: Content, kept: Any) -> dict[str, Any]:
         (out / "tokenizer.json").write_text(json.dumps(new), "utf-8")
-        return prove_tokenizer(base, out, np.array(kept), texts, generated=500)
+        return prove_tokenizer(base, out, np.array(kept), Sample(texts), generated=500)
 
     prove(rebuild(content, keep), keep)
     with pytest.raises(ProofError, match=sentence):

@@ -23,6 +23,7 @@ from firefly.prune import proof as proofs
 from firefly.prune.counting import corpus_texts
 from firefly.prune.layout import find_layout
 from firefly.prune.prune import id_ranges, parse_id_ranges
+from firefly.prune.sample import Sample
 from firefly.prune.tokenizer import load, read
 from firefly.prune.vocabulary import BpeDerivation, base_symbols
 from firefly.prune.weights import shards
@@ -214,7 +215,7 @@ def mutable(bases: Bases, texts: list[str], tmp_path: Path) -> Callable[[], None
     names = find_layout(base, shards(base)).names
 
     def prove() -> None:
-        proofs.prove(base, out, new_to_old, names, texts, logits=False)
+        proofs.prove(base, out, new_to_old, names, Sample(texts), logits=False)
 
     prove()
     return prove
@@ -431,7 +432,7 @@ def test_bad_arguments_are_refused(bases: Bases, texts: list[str], tmp_path: Pat
     refused(ModelError, "does not exist", base=tmp_path / "nowhere")
     refused(InputError, "holds no tokens", texts=[])
     refused(InputError, "does not exist", corpus=[tmp_path / "nowhere.txt"])
-    refused(InputError, "holds no .csv", corpus=[tmp_path])
+    refused(InputError, "holds no file of a known kind", corpus=[tmp_path])
     refused(RecipeError, "at least", vocab_size=20)
     refused(RecipeError, "at most", vocab_size=20_000)
     refused(OutputError, "is the base model itself", out=base)
@@ -486,7 +487,7 @@ def test_bad_corpus_lines_are_named(bases: Bases, tmp_path: Path, line: str, sen
     with pytest.raises(InputError, match=sentence):
         prune_model(bases("bloom"), tmp_path / "out", vocab_size=450, corpus=[tmp_path / "bad.jsonl"])
     (tmp_path / "list.doc").write_text("a", "utf-8")
-    with pytest.raises(InputError, match="unknown kind"):
+    with pytest.raises(InputError, match="cannot tell the format"):
         list(corpus_texts([tmp_path / "list.doc"]))
 
 

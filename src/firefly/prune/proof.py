@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from tokenizers.models import Model
 
 from firefly.console import progress
 from firefly.prune.copying import WeightsCopy
-from firefly.prune.counting import batches
+from firefly.prune.counting import batches, encode
 from firefly.prune.logits import prove_logits
 from firefly.prune.opening import Opener
 from firefly.prune.proof_weights import failed, prove_configs, prove_opening, prove_weights
+from firefly.prune.sample import Sample
 from firefly.prune.scripts import script
 from firefly.prune.tokenizer import (
     Json,
@@ -44,6 +45,11 @@ AUTO_TEXTS = 200
 _GENERATED_TEXTS = 5000
 _LONGEST_GENERATED_TOKENS = 8
 _SCRIPT_TEXTS = 2000
+_OUTSIDE = 0xFFFFFFFF  # in the place of the new id of a dropped token
+_ID_BYTES = 4
+_AGAIN = "the corpus again"
+_Encoded = tuple[list[str], list[bytes], list[bytes]]  # texts; their ids (uint32) before and after
+_Rates = dict[str, dict[str, float]]
 PROBES = (
     "",
     "a",
@@ -65,7 +71,7 @@ def prove(
     pruned: Path,
     new_to_old: NDArray[np.int64],
     names: frozenset[str],
-    texts: list[str],
+    sample: Sample,
     logits: bool = True,
     *,
     original: tuple[Json, Tokenizer] | None = None,
@@ -77,14 +83,14 @@ def prove(
     Args:
         new_to_old: old id of each new id, [K].
         names: the tensors with vocabulary rows, as the weight files spell them.
-        texts: a sample of the corpus.
+        sample: of the corpus.
         logits: also run both models in float32 (see `prove_logits` for the memory).
         original: the base's tokenizer, parsed and loaded, where the caller has it.
         opener, copy: where transformers is made ready, and where the weights are being written and proven.
     """
     return {
-        **prove_tokenizer(base, pruned, new_to_old, texts, original=original),
-        **prove_opening(base, pruned, new_to_old, texts[:AUTO_TEXTS], opener),
+        **prove_tokenizer(base, pruned, new_to_old, sample, original=original),
+        **prove_opening(base, pruned, new_to_old, sample.texts[:AUTO_TEXTS], opener),
         **prove_configs(base, pruned, new_to_old),
         **(copy.proof() if copy else prove_weights(base, pruned, new_to_old, names)),
         **(prove_logits(base, pruned, new_to_old) if logits else {"logits": "skipped"}),
@@ -95,7 +101,7 @@ def prove_tokenizer(
     base: Path,
     pruned: Path,
     new_to_old: NDArray[np.int64],
-    texts: list[str],
+    sample: Sample,
     generated: int = _GENERATED_TEXTS,
     *,
     original: tuple[Json, Tokenizer] | None = None,
@@ -109,12 +115,13 @@ def prove_tokenizer(
     derived = prove_tokens(whole, restricted, new_to_old)
     made = prove_texts(whole, restricted, new_to_old, made_up_texts(whole, new_to_old, generated))
     prove_texts(whole, restricted, new_to_old, PROBES)
+    compared, rates = _prove_sample(whole, restricted, new_to_old, sample)
     return {
         **derived,
-        **prove_texts(whole, restricted, new_to_old, texts),
+        **compared,
         "made_up_texts_checked": made["documents_checked"],
         "made_up_texts_inside": made["documents_inside"],
-        "tokens_per_character": tokens_per_character(whole, restricted, texts),
+        **rates,
     }
 
 
@@ -245,40 +252,37 @@ def made_up_texts(
             yield from original.decode_batch(sequences, skip_special_tokens=True)
 
 
-def tokens_per_character(
-    original: Tokenizer, pruned: Tokenizer, texts: list[str], names: list[str] | None = None
-) -> dict[str, dict[str, float]]:
-    """How many tokens a character takes before and after, on a part of `texts`.
+def tokens_per_character(sample: Sample, before: list[int], after: list[int]) -> dict[str, _Rates]:
+    """How many tokens a character takes before and after, by the script that a text is mostly written in.
 
-    The figures are by the corpora that the texts are from, `names`, about equally many texts of each; or else
-    by the script that a text is mostly written in.
+    With several corpora also by corpus, on about equally many texts of each. `before` and `after` are the
+    numbers of tokens of the texts in `sample`.
     """
-    if names is None:
-        some = texts[:: len(texts) // _SCRIPT_TEXTS + 1]
-        groups = [script(text) for text in some]
-    else:
-        of_corpus: dict[str, list[str]] = {}
-        for text, name in zip(texts, names, strict=True):
-            of_corpus.setdefault(name, []).append(text)
-        some, groups = [], []
-        for name, own in of_corpus.items():
-            part = own[:: len(own) // (_SCRIPT_TEXTS // len(of_corpus) + 1) + 1]
-            some += part
-            groups += [name] * len(part)
-    sums: dict[str, list[int]] = {}
-    lengths = [
-        [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False)]
-        for tokenizer in (original, pruned)
-    ]
-    for text, group, before, after in zip(some, groups, *lengths, strict=True):
-        entry = sums.setdefault(group, [0, 0, 0])
-        for place, amount in enumerate((len(text), before, after)):
-            entry[place] += amount
-    return {
-        name: {"characters": size, "before": round(before / size, 4), "after": round(after / size, 4)}
-        for name, (size, before, after) in sorted(sums.items())
-        if size
-    }
+
+    def rates(places: Iterable[int], groups: Iterable[str]) -> _Rates:
+        sums: dict[str, list[int]] = {}
+        for place, group in zip(places, groups, strict=True):
+            entry = sums.setdefault(group, [0, 0, 0])
+            for column, amount in enumerate((len(sample.texts[place]), before[place], after[place])):
+                entry[column] += amount
+        return {
+            name: {"characters": size, "before": round(old / size, 4), "after": round(new / size, 4)}
+            for name, (size, old, new) in sorted(sums.items())
+            if size
+        }
+
+    some = range(0, len(sample.texts), len(sample.texts) // _SCRIPT_TEXTS + 1)
+    found = {"tokens_per_character": rates(some, [script(sample.texts[place]) for place in some])}
+    of_corpus: dict[str, list[int]] = {}
+    for place, name in enumerate(sample.names):
+        of_corpus.setdefault(name, []).append(place)
+    if len(of_corpus) > 1:
+        most = _SCRIPT_TEXTS // len(of_corpus) + 1
+        parts = {name: places[:: len(places) // most + 1] for name, places in of_corpus.items()}
+        found["tokens_per_character_by_corpus"] = rates(
+            chain.from_iterable(parts.values()), [name for name, part in parts.items() for _ in part]
+        )
+    return found
 
 
 def prove_texts(
@@ -289,27 +293,56 @@ def prove_texts(
     What decoding may lose is only what was already unknown to the original. A WordPiece model gives up on a
     whole word at its first dead end, so a word unknown to it may become readable with fewer tokens.
     """
+    encoded = (
+        (batch, encode(original, batch, _AGAIN), encode(pruned, batch, _AGAIN)) for batch in batches(texts)
+    )
+    total = len(texts) if isinstance(texts, Sequence) else None
+    return _compare(original, pruned, new_to_old, encoded, total)
+
+
+def _prove_sample(
+    original: Tokenizer, pruned: Tokenizer, new_to_old: NDArray[np.int64], sample: Sample
+) -> tuple[dict[str, Any], dict[str, _Rates]]:
+    """`prove_texts` and `tokens_per_character` of texts that the original has encoded before."""
+    before: list[int] = []
+    after: list[int] = []
+
+    def encoded() -> Iterator[_Encoded]:
+        for batch in batches(sample.texts):
+            known = sample.ids[len(before) : len(before) + len(batch)]
+            if None in known:
+                known = list(encode(original, batch, _AGAIN))
+            old_ids, new_ids = [ids for ids in known if ids is not None], encode(pruned, batch, _AGAIN)
+            before.extend(len(ids) // _ID_BYTES for ids in old_ids)
+            after.extend(len(ids) // _ID_BYTES for ids in new_ids)
+            yield batch, old_ids, new_ids
+
+    proven = _compare(original, pruned, new_to_old, encoded(), len(sample.texts))
+    return proven, tokens_per_character(sample, before, after)
+
+
+def _compare(
+    original: Tokenizer,
+    pruned: Tokenizer,
+    new_to_old: NDArray[np.int64],
+    encoded: Iterable[_Encoded],
+    total: int | None,
+) -> dict[str, Any]:
+    """The claim of `prove_texts` on batches of texts and their ids by both tokenizers."""
     unknown, gives_up = _unknown(original)
     beyond = int(new_to_old.max()) + 1  # stands for every higher id
-    old_to_new = np.full(beyond + 1, -1, dtype=np.int64)
+    old_to_new = np.full(beyond + 1, _OUTSIDE, dtype=np.uint32)
     old_to_new[new_to_old] = np.arange(len(new_to_old))
     num_texts = num_inside = num_lossless = num_lossy = 0
-    total = len(texts) if isinstance(texts, list) else None
     with progress("prove texts", total, "documents") as bar:
-        for batch in batches(texts):
-            with guarded("tokenizing the corpus again"):
-                before = [
-                    encoding.ids for encoding in original.encode_batch_fast(batch, add_special_tokens=False)
-                ]
-                after = [
-                    encoding.ids for encoding in pruned.encode_batch_fast(batch, add_special_tokens=False)
-                ]
+        for batch, before, after in encoded:
             outside: list[int] = []
             for place, (old_ids, new_ids) in enumerate(zip(before, after, strict=True)):
-                expected = old_to_new[np.minimum(np.asarray(old_ids, dtype=np.int64), beyond)]
-                if expected.tolist() == new_ids:
+                old = np.frombuffer(old_ids, dtype=np.uint32)
+                expected = old_to_new[np.minimum(old, beyond)]
+                if expected.tobytes() == new_ids:
                     continue
-                if (expected < 0).any() or (gives_up and unknown in old_ids):
+                if (expected == _OUTSIDE).any() or (gives_up and unknown in old):
                     outside.append(place)
                 else:
                     raise failed(
@@ -317,14 +350,14 @@ def prove_texts(
                     )
             decoded = zip(
                 outside,
-                original.decode_batch([before[place] for place in outside], skip_special_tokens=False),
-                pruned.decode_batch([after[place] for place in outside], skip_special_tokens=False),
+                original.decode_batch(_lists(before, outside), skip_special_tokens=False),
+                pruned.decode_batch(_lists(after, outside), skip_special_tokens=False),
                 strict=True,
             )
             for place, old_text, new_text in decoded:
                 if new_text == old_text:
                     num_lossless += 1
-                elif old_text == batch[place] or unknown not in before[place]:
+                elif old_text == batch[place] or unknown not in np.frombuffer(before[place], np.uint32):
                     raise failed(
                         f"the text {batch[place][:200]!r} (sample {num_texts + place}) no longer round-trips"
                     )
@@ -339,3 +372,8 @@ def prove_texts(
         "documents_outside_same_text": num_lossless,
         "documents_outside_unknown_before_too": num_lossy,
     }
+
+
+def _lists(encoded: list[bytes], places: list[int]) -> list[list[int]]:
+    """The ids at some places, as decoding wants them."""
+    return [np.frombuffer(encoded[place], dtype=np.uint32).tolist() for place in places]

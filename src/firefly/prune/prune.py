@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,21 +20,27 @@ from tokenizers import Tokenizer
 
 from firefly.console import say, warn
 from firefly.errors import InputError, ModelError, OutputError, RecipeError
-from firefly.files import directory_atomic, read_lines, require_disk, sha256_file, write_json
+from firefly.files import (
+    directory_atomic,
+    exclusive_beside,
+    read_lines,
+    require_disk,
+    sha256_file,
+    write_json,
+)
 from firefly.prune import companions, weights
 from firefly.prune.chart import coverage_chart, coverage_curve
 from firefly.prune.copying import WeightsCopy
-from firefly.prune.counting import corpus_texts, count_tokens
+from firefly.prune.counting import corpus_texts, count_corpora
 from firefly.prune.layout import find_layout
 from firefly.prune.opening import Opener
-from firefly.prune.proof import AUTO_TEXTS, prove, prove_tokenizer, tokens_per_character
+from firefly.prune.proof import AUTO_TEXTS, prove, prove_tokenizer
 from firefly.prune.proof_weights import prove_opening
+from firefly.prune.sample import Sample
 from firefly.prune.scripts import ids_in_scripts, script, token_texts
 from firefly.prune.tokenizer import added_tokens, guarded, load, read, rebuild, vocabulary, write
 from firefly.prune.vocabulary import choose
 
-_SAMPLE_CHARACTERS = 1 << 24
-_SAMPLE_TEXT_CHARACTERS = 1 << 17
 _NUM_EXAMPLES = 5
 
 
@@ -124,7 +129,11 @@ def prune_model(
     # Without tokenizer_config.json, transformers cannot tell the class.
     opens = not tokenizer_only or (base / "tokenizer_config.json").is_file()
     # Both helpers start at once, so that they are ready when there is something to open and to copy.
-    with Opener() if opens else contextlib.nullcontext() as opener, WeightsCopy(files) as copy:
+    with (
+        exclusive_beside(out, "firefly prune"),
+        Opener() if opens else contextlib.nullcontext() as opener,
+        WeightsCopy(files) as copy,
+    ):
         content = read(base / "tokenizer.json")
         original = functools.cache(lambda: load(base / "tokenizer.json", content))  # not before it is needed
         tokens = vocabulary(content)
@@ -134,7 +143,7 @@ def prune_model(
             _require_rows(base, layout.num_rows, max(tokens.values()))
         rows = layout.num_rows if layout else len(tokens)
 
-        sample = _Sample()
+        sample = Sample()
         counts = np.zeros(0, dtype=np.int64)
         if corpus or not (isinstance(texts, Sequence) and not texts):
             counts = _count(original(), sample, [Path(path) for path in corpus], texts)
@@ -172,20 +181,16 @@ def prune_model(
                     place,
                     new_to_old,
                     layout.names,
-                    sample.texts,
+                    sample,
                     prove_logits,
                     original=both,
                     opener=opener,
                     copy=copy,
                 )
             else:
-                proof = prove_tokenizer(base, place, new_to_old, sample.texts, original=both)
+                proof = prove_tokenizer(base, place, new_to_old, sample, original=both)
                 if opener is not None:
                     proof |= prove_opening(base, place, new_to_old, sample.texts[:AUTO_TEXTS], opener)
-            if len(set(sample.names)) > 1:
-                proof["tokens_per_character_by_corpus"] = tokens_per_character(
-                    original(), load(place / "tokenizer.json"), sample.texts, sample.names
-                )
             inside = counts[new_to_old[new_to_old < len(counts)]].sum()
             result = PruneResult(
                 output=str(out),
@@ -259,7 +264,7 @@ def _require_rows(base: Path, rows: int, last_id: int) -> None:
 
 
 def _count(
-    original: Tokenizer, sample: _Sample, corpus: list[Path], texts: Iterable[str]
+    original: Tokenizer, sample: Sample, corpus: list[Path], texts: Iterable[str]
 ) -> NDArray[np.int64]:
     """Token counts of the corpus and the texts, keeping a sample of the documents."""
     total = sum(1 for _ in corpus_texts(corpus))  # finds bad lines before the long work, and gives the ETA
@@ -268,11 +273,10 @@ def _count(
     elif not corpus:
         total = 0
     names = [path.name for path in corpus]
-    streams = [
-        sample.passing(corpus_texts([path]), path.name if names.count(path.name) == 1 else str(path))
-        for path in corpus
+    corpora: list[tuple[str, Iterable[str]]] = [
+        (path.name if names.count(path.name) == 1 else str(path), corpus_texts([path])) for path in corpus
     ]
-    return count_tokens(original, _chain(*streams, sample.passing(texts, "texts")), total or None)
+    return count_corpora(original, [*corpora, ("texts", texts)], total or None, sample)
 
 
 def _tokens_of(directory: Path, tokens: dict[str, int]) -> tuple[set[int], list[str]]:
@@ -321,35 +325,6 @@ def parse_id_ranges(line: str) -> NDArray[np.int64]:
     """The ids of `id_ranges`, in order: `new_to_old` [K] of a prune.json."""
     ends = [part.split("-") for part in line.split(",")]
     return np.concatenate([np.arange(int(end[0]), int(end[-1]) + 1, dtype=np.int64) for end in ends])
-
-
-class _Sample:
-    """A reproducible sample of a stream: all of it up to a budget, random replacement after that."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.names: list[str] = []  # of the corpus that each text is from
-        self.seen = 0
-        self._room = _SAMPLE_CHARACTERS
-        self._random = random.Random(0)
-
-    def passing(self, texts: Iterable[str], name: str) -> Iterator[str]:
-        """Pass every text of the corpus `name` on, keeping some."""
-        for text in texts:
-            self.seen += 1
-            kept = text[:_SAMPLE_TEXT_CHARACTERS]
-            if self._room > 0:
-                self.texts.append(kept)
-                self.names.append(name)
-                self._room -= len(kept)
-            elif (place := self._random.randrange(self.seen)) < len(self.texts):
-                self.texts[place], self.names[place] = kept, name
-            yield text
-
-
-def _chain(*streams: Iterable[str]) -> Iterator[str]:
-    for stream in streams:
-        yield from stream
 
 
 def _wanted_ids(tokenizer: Tokenizer, tokens: dict[str, int], path: Path) -> set[int]:
