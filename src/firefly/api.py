@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the functions import what they need, so that `firefly --hel
     from firefly.prune.prune import PruneResult
     from firefly.prune.remap import RemapResult
     from firefly.prune.verify import VerifyResult
+    from firefly.train.plan import Plan
 
 __all__ = [
     "VersionResult",
@@ -43,6 +44,7 @@ __all__ = [
     "data_stats",
     "demo",
     "evaluate",
+    "plan",
     "prune",
     "prune_remap",
     "prune_sizes",
@@ -215,6 +217,22 @@ def data_peek(
     if html is not None:
         write_atomic(Path(html), peek_page(samples))
     return samples
+
+
+def plan(recipe: RecipeLike, overrides: Sequence[str] = (), *, gpu: str | None = None) -> Plan:
+    """Say what training a recipe takes (memory, time, disk), whether it fits, and what to change if not.
+
+    Nothing is loaded: config.json is enough. `gpu` is a name such as "H200" or a memory size such as "24GB"; without
+    it, this machine's device. Lengths are those of the recipe's tokens directory, or else the article's.
+    """
+    from firefly.model.hub import resolve
+    from firefly.train.gpus import find_gpu, this_device, with_measured_rates
+    from firefly.train.plan import estimate_from, make_plan, planned_config
+
+    made = _recipe(recipe, overrides)
+    device = find_gpu(gpu) if gpu else with_measured_rates(this_device())
+    config = planned_config(made, resolve(made.model.base, ["config.json"]))
+    return make_plan(made, config, estimate_from(made.out / "tokens"), device)
 
 
 def train(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:

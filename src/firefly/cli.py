@@ -397,6 +397,32 @@ def peek(
 
 @app.command(
     epilog=_examples(
+        "firefly plan recipes/firefly-1b4.toml --gpu 24GB",
+        "firefly plan recipes/firefly-2b6.toml --gpu H200 train.per_device_train_batch_size=32",
+    )
+)
+@_keeps_what_is_done
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="A GPU's name, such as H200 or 4090, or its memory, such as 24GB; this machine's otherwise."
+        ),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what training will take: memory, hours and disk, whether it fits, and what to change if not."""
+    from firefly.app.planned import describe
+
+    console.quiet(quiet)
+    _show(api.plan(recipe, overrides or [], gpu=gpu), as_json, describe)
+
+
+@app.command(
+    epilog=_examples(
         "firefly train recipes/firefly-1b4.toml",
         "firefly train recipes/firefly-1b4.toml train.learning_rate=2e-5",
     )

@@ -207,12 +207,17 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def require_disk(path: Path, needed_bytes: int) -> None:
-    """Raise `OutputError` unless the disk that holds `path` has `needed_bytes` free."""
-    place = path
+def free_disk_bytes(path: Path) -> int:
+    """Free bytes on the disk that holds `path`, which need not exist yet."""
+    place = path.absolute()
     while not place.exists():
         place = place.parent
-    free_bytes = shutil.disk_usage(place).free
+    return shutil.disk_usage(place).free
+
+
+def require_disk(path: Path, needed_bytes: int) -> None:
+    """Raise `OutputError` unless the disk that holds `path` has `needed_bytes` free."""
+    free_bytes = free_disk_bytes(path)
     if free_bytes < needed_bytes:
         raise DiskFullError(
             f"{path} needs {needed_bytes / 2**20:,.0f} MiB and the disk has {free_bytes / 2**20:,.0f} MiB free. "

@@ -229,6 +229,10 @@ class TrainSection(Section):
         default="auto", description="auto: go on from the newest checkpoint of this run"
     )
     report_to: list[Literal["tensorboard"]] = Field(default=["tensorboard"])
+    check: bool = Field(
+        default=True,
+        description="before training, refuse what memory or disk cannot hold, and try the largest batch",
+    )
 
 
 class GenerationSection(Section):

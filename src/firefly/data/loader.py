@@ -93,6 +93,23 @@ class TrainingStream:
         ids = [one for place in range(first, first + self.batch_size) for one in self._samples_at(place)]
         return make_batch(self.tokens, ids, self.learn_everything)
 
+    def batch_tokens(self, count: int) -> NDArray[np.int64]:
+        """Tokens in each of the first `count` batches, without making them.
+
+        Where batches count rows, those of later epochs are as full as the first one's and are left out.
+        """
+        lengths = np.diff(self.tokens.borders)
+        if self.pack_length is not None:
+            count = min(count, -(-self.num_units // (self.batch_size * self.world_size)))
+        num_units = count * self.world_size * self.batch_size
+        sizes: list[NDArray[np.int64]] = []
+        for epoch in range(-(-num_units // self.num_units)):
+            order, rows = self._units(epoch)
+            units = lengths if rows is None else np.add.reduceat(lengths[rows.samples], rows.borders[:-1])
+            sizes.append(units[order])
+        shares = np.concatenate(sizes)[:num_units].reshape(count, self.world_size, self.batch_size)
+        return shares[:, self.rank].sum(1)  # type: ignore[no-any-return]
+
     def _samples_at(self, position: int) -> list[int]:
         epoch, entry = divmod(position, self.num_units)
         order, rows = self._units(epoch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from firefly.errors import ModelError
 from firefly.files import locate
 
 
-def resolve(name: str) -> Path:
-    """The local directory of a base model: a path, `demo:…`, or a hub name (downloaded, safetensors only)."""
+def resolve(name: str, patterns: Sequence[str] = ("*.json", "*.safetensors", "*.jinja")) -> Path:
+    """The local directory of a base model: a path, `demo:…`, or a hub name, whose files like `patterns` are fetched."""
     path = locate(name)
     if path.is_dir():
         return path
@@ -23,7 +23,7 @@ def resolve(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{name} is neither a directory here nor could it be fetched from the hub ({type(error).__name__}); "

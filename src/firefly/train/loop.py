@@ -9,7 +9,6 @@ accumulation. A loss or gradient that is not finite stops the run *before* the u
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import shutil
@@ -32,7 +31,7 @@ from firefly.data.tokens import Tokens
 from firefly.errors import CheckpointError, DiskFullError, Interrupted, ModelError, TrainingError
 from firefly.files import sha256_file, sha256_json, write_atomic, write_json
 from firefly.model.families import CausalModel, transformers_model
-from firefly.model.load import load_model, num_parameters, save_model, stored_dtype
+from firefly.model.load import load_model, num_parameters, read_config, save_model, stored_dtype
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss, loss_by_kind
 from firefly.model.shards import weight_files
@@ -41,9 +40,18 @@ from firefly.train.checkpoint import TrainState, load_checkpoint, newest_sound, 
 from firefly.train.curves import Metrics
 from firefly.train.objectives import LEARNS_EVERY_TOKEN
 from firefly.train.optim import learning_rate_at, make_optimizer
+from firefly.train.plan import num_steps, require_room, try_largest_batch
 
 HARMLESS = frozenset(
-    {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "report_to"}
+    {
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "report_to",
+        "check",
+    }
 )
 """Options of a run that may change from one start to the next: the losses do not depend on them."""
 
@@ -87,13 +95,15 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     )
     if recipe.data.pack_length is not None:
         say(f"train: {stream.num_units:,} rows an epoch, {stream.efficiency:.2%} of their slots real tokens")
-    total_steps = _total_steps(section, stream.num_units)
+    total_steps = num_steps(section, stream.num_units)
     if section.warmup_steps >= total_steps:
         warn(
             f"train.warmup_steps = {section.warmup_steps} and the run has {total_steps} steps: "
             "the learning rate never reaches its peak; lower warmup_steps"
         )
 
+    if section.check:
+        require_room(recipe, read_config(model_dir), data, held_out, run)
     model = load_model(model_dir, device)
     if len(model.head) <= tokenizer.highest_id:
         raise ModelError(
@@ -106,6 +116,8 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
 
     fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps, recipe.data.pack_length)
     state = _start_or_resume(recipe, run, names, optimizer, fingerprint, device)
+    if section.check and state.step < total_steps:
+        try_largest_batch(model, optimizer, stream, total_steps * section.gradient_accumulation_steps, bf16)
     resumed_s, resumed_tokens, elapsed_before_s = time.monotonic(), state.trained_tokens, state.elapsed_s
     next_save = _next_save(state.step, section.save_steps)
     with (
@@ -252,13 +264,6 @@ def _next_save(step: int, save_steps: int) -> int:
 
 def _micro_batches(stream: TrainingStream, step: int, accumulation: int) -> list[Batch]:
     return [stream.batch(step * accumulation + index) for index in range(accumulation)]
-
-
-def _total_steps(section: TrainSection, num_units: int) -> int:
-    if section.max_steps is not None:
-        return section.max_steps
-    per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
-    return max(1, math.ceil(num_units * section.num_train_epochs / per_step))
 
 
 def _fingerprint(

@@ -1,0 +1,268 @@
+"""Peak memory of training, found by walking through a real step on tensors without data.
+
+torch's `FakeTensorMode` computes shapes alone, and a ledger beneath it sees every storage come and go. The
+prediction so follows whatever model, attention, loss and optimizer really do, and nothing is loaded. A deep model
+is walked at two small depths and extended: within one phase of a step every byte is linear in the depth.
+
+The walk is the CPU's path. On CUDA the loss works in larger chunks, which is reckoned in; torch's caching allocator
+and the CUDA context come on top as estimates. The CUDA figures were never compared with a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from firefly.model.families import build
+from firefly.model.loss import CHUNK_BYTES
+from firefly.model.packed import PackedInput
+from firefly.model.score import batch_loss, token_losses
+from firefly.recipe import TrainSection
+from firefly.train.optim import make_optimizer
+
+_FRAMEWORK_BYTES = {"cpu": 450 << 20, "cuda": 700 << 20}
+"""Interpreter and libraries (measured); CUDA's context and cuBLAS' workspaces (an estimate)."""
+_CACHE_SHARE = {"cpu": 0.0, "cuda": 0.06}
+"""What torch's caching allocator holds beyond the tensors: rounding and fragments (an estimate)."""
+_DEPTHS = (2, 4)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the moment when most are in use, by what they are for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    cache: int  # held by the allocator, in no tensor
+    framework: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, one.name) for one in fields(self))
+
+    @property
+    def tensors(self) -> int:
+        """What the allocator hands out to tensors: all but cache and framework."""
+        return self.total - self.cache - self.framework
+
+    @property
+    def fixed(self) -> int:
+        """What no smaller batch changes."""
+        return self.weights + self.optimizer + self.framework
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What of a batch decides about memory: tokens, tokens of its longest sample, and learned tokens."""
+
+    tokens: int
+    longest: int
+    targets: int
+
+
+def predict_memory(
+    config: dict[str, Any],
+    train: TrainSection,
+    batch: BatchShape,
+    held_out: BatchShape | None,
+    bf16: bool,
+    device_kind: str,
+) -> Memory:
+    """The peak over training steps of `batch`, the largest one, and over validation batches of `held_out`."""
+    num_layers = depth_of(config)
+    if num_layers <= max(_DEPTHS):
+        phases = _walk(config, train, batch, held_out, bf16)
+    else:
+        shallow, deeper = (_walk(at_depth(config, depth), train, batch, held_out, bf16) for depth in _DEPTHS)
+        phases = [_extended(one, two, num_layers) for one, two in zip(shallow, deeper, strict=True)]
+    if device_kind == "cuda":
+        for phase in phases:
+            phase["logits"] = int(phase["logits"] * _more_rows(config["vocab_size"], batch.targets))
+    peak = max(phases, key=Counter.total)
+    return Memory(
+        **{name: peak[name] for name in ("weights", "gradients", "optimizer", "activations", "logits")},
+        cache=int(_CACHE_SHARE[device_kind] * peak.total()),
+        framework=_FRAMEWORK_BYTES[device_kind],
+    )
+
+
+def depth_of(config: dict[str, Any]) -> int:
+    """Layers of a config.json's model."""
+    return int(config["n_layer"] if "n_layer" in config else config["num_hidden_layers"])
+
+
+def at_depth(config: dict[str, Any], depth: int) -> dict[str, Any]:
+    """The same model with `depth` layers."""
+    small = config | {name: depth for name in ("n_layer", "num_hidden_layers") if name in config}
+    if small.get("layer_types"):
+        small["layer_types"] = (small["layer_types"] * depth)[:depth]
+    return small
+
+
+def _extended(shallow: Counter[str], deeper: Counter[str], depth: int) -> Counter[str]:
+    """The straight line through two depths, at `depth`."""
+    one, two = _DEPTHS
+    return Counter(
+        {
+            name: max(0, shallow[name] + (deeper[name] - shallow[name]) * (depth - one) // (two - one))
+            for name in shallow | deeper
+        }
+    )
+
+
+def _more_rows(vocab_size: int, num_targets: int) -> float:
+    """How many times more logits a chunk holds on CUDA than on the CPU."""
+    rows = {kind: max(1, min(num_targets, size // (4 * vocab_size))) for kind, size in CHUNK_BYTES.items()}
+    return rows["cuda"] / rows["cpu"]
+
+
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of all living storages by label, and their composition at the peak of each phase."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.vocab_size = vocab_size
+        self.labels: dict[int, tuple[str, int]] = {}  # a storage's address → label, bytes
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.phases: list[Counter[str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.labels:
+            return
+        label = "activations"
+        if tensor.ndim == 2 and tensor.shape[1] == self.vocab_size:
+            label = "logits"
+        elif tensor.ndim == 2 and tensor.shape[0] == self.vocab_size and torch.is_floating_point(tensor):
+            label = "gradients"  # of the output matrix; weights get their label when they are made
+        self.labels[key] = (label, storage.nbytes())
+        self.now[label] += storage.nbytes()
+        weakref.finalize(storage, self._forget, key)
+        self._look()
+
+    def _forget(self, key: int) -> None:
+        label, size = self.labels.pop(key)
+        self.now[label] -= size
+
+    def _look(self) -> None:
+        if self.now.total() > self.peak.total():
+            self.peak = Counter(self.now)
+
+    def relabel(self, tensor: Tensor, label: str) -> None:
+        key = tensor.untyped_storage()._cdata
+        if key in self.labels:
+            before, size = self.labels[key]
+            self.labels[key] = (label, size)
+            self.now[before] -= size
+            self.now[label] += size
+
+    def begin_phase(self) -> None:
+        """From here on another peak counts."""
+        self.phases.append(self.peak)
+        self.peak = Counter(self.now)
+
+
+def _walk(
+    config: dict[str, Any],
+    train: TrainSection,
+    batch: BatchShape,
+    held_out: BatchShape | None,
+    bf16: bool,
+) -> list[Counter[str]]:
+    """The peak of every phase, always as many: of one step in the middle of a run, and of a validation batch."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ledger = _Ledger(config["vocab_size"])
+    with FakeTensorMode(), ledger:
+        # Weights are trained in float32, whatever dtype config.json says that they are stored in.
+        model = build({name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")})
+        model.gradient_checkpointing = train.gradient_checkpointing
+        model.train()
+        parameters = list(model.parameters())
+        optimizer = make_optimizer(parameters, train)
+        for parameter in parameters:
+            ledger.relabel(parameter, "weights")
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes the moments
+        optimizer.zero_grad(set_to_none=True)
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                ledger.relabel(tensor, "optimizer")
+        made = model.hidden
+
+        def hidden(batch: PackedInput) -> Tensor:
+            states = made(batch)
+            ledger.begin_phase()  # layers before it, the loss after it: their peaks grow differently with the depth
+            return states
+
+        model.hidden = hidden  # type: ignore[method-assign]
+        hook = _halves(ledger, len(parameters))
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        ledger.begin_phase()
+        ledger.phases.clear()  # making the model is no part of a run
+
+        for _ in range(min(2, train.gradient_accumulation_steps)):
+            shape = _input(batch)
+            loss, _each = batch_loss(model, shape, bf16)
+            ledger.begin_phase()
+            torch.autograd.backward(loss)
+            del loss, _each, shape
+            ledger.begin_phase()
+        torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ledger.begin_phase()
+        if held_out is not None:
+            token_losses(model, _input(held_out), bf16)
+        ledger.begin_phase()
+    return ledger.phases
+
+
+def _halves(ledger: _Ledger, num_parameters: int) -> Callable[[Tensor], None]:
+    """A hook that labels gradients, and parts the backward pass where half of them are made.
+
+    While activations go, gradients come: the peak is at one end or the other, and which one depends on the depth.
+    """
+    done = 0
+
+    def hook(parameter: Tensor) -> None:
+        nonlocal done
+        assert parameter.grad is not None
+        ledger.relabel(parameter.grad, "gradients")
+        done += 1
+        if done % num_parameters == num_parameters // 2:
+            ledger.begin_phase()
+
+    return hook
+
+
+def _input(shape: BatchShape) -> PackedInput:
+    """A batch of that shape, all its samples as long as the longest: attention is the only part that could tell."""
+    num_samples = math.ceil(shape.tokens / shape.longest)
+    borders = [min(number * shape.longest, shape.tokens) for number in range(num_samples + 1)]
+    ids = torch.zeros(shape.tokens, dtype=torch.int64)
+    places = torch.zeros(shape.targets, dtype=torch.int64)
+    return PackedInput(ids, torch.zeros_like(ids), borders, places, torch.zeros_like(places))
