@@ -1,0 +1,73 @@
+"""What a device can do at most, and how much memory this process took of it: the scale of a run's figures."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import torch
+from torch import nn
+
+from firefly.model.families import CausalModel
+
+BF16_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L20": 119.5e12,
+    "L4": 121e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bf16 peak by a word of the device's name, the closer word first; from the makers' data sheets."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s that the maker states for a device such as "NVIDIA H200", or None when it is not known.
+
+    A float32 run is measured against it too: its low share says what bf16 would gain.
+    """
+    for name, peak in BF16_PEAK_FLOPS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return peak
+    return None
+
+
+def training_flops(model: CausalModel) -> tuple[int, int]:
+    """Floating-point operations to train on one token, and besides on one that is learned (the output matrix).
+
+    The usual count: 6 a weight (2 forward, 2 for the input's gradient, 2 for its own), 4 for a frozen one.
+    Embedding look-ups, attention scores and recomputed layers count nothing.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights = {id(one): one for one in model.parameters()}
+    body = sum(_flops(one) for key, one in weights.items() if key not in tables and one is not model.head)
+    return body, _flops(model.head)
+
+
+def _flops(weight: torch.Tensor) -> int:
+    return weight.numel() * (6 if weight.requires_grad else 4)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory this process held so far: resident on the CPU, allocated by torch on CUDA; else None."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # elsewhere it counts KiB
