@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from firefly.plots import BLUE, ORANGE, label, panels
 from firefly.train.reporters import Reporter
 
 Row = dict[str, Any]
+_DRAW_INTERVAL_S = 60.0  # a picture takes about a second
 _MOST_KINDS_NOTED = 6  # in the line that a person reads while it trains
 
 
@@ -26,6 +28,7 @@ class Metrics:
         kept = [row for row in self.rows() if row["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         self.handle: IO[bytes] = self.path.open("ab", buffering=0)
+        self.drawn_s = time.monotonic()
         self.waiting: list[str] = []  # lines that a full disk did not take
 
     def rows(self) -> list[Row]:
@@ -55,8 +58,11 @@ class Metrics:
             raise
         self.waiting.clear()
 
-    def draw(self) -> None:
-        """Draw curves.png from everything written so far, if the disk has room for it."""
+    def draw(self, at_once: bool = True) -> None:
+        """Draw curves.png from all rows, if the disk has room; unless `at_once`, not again within a minute."""
+        if not at_once and time.monotonic() - self.drawn_s < _DRAW_INTERVAL_S:
+            return
+        self.drawn_s = time.monotonic()
         with suppress(OutputError):
             draw_curves(self.rows(), self.run / "curves.png")
 
@@ -136,6 +142,8 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
         _line(norm, rows, "grad_norm")
         _line(speed, rows, "tokens_per_s")
         _line(memory, rows, "memory_bytes", scale=1e-9)
+        for one in (norm, speed, memory):
+            one.set_ylim(bottom=0)
         _titles((loss, kinds, rate, norm, speed, memory))
 
 
@@ -164,6 +172,7 @@ def draw_comparison(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
                 held_out.plot(*zip(*measured, strict=True), "o-", color=color)
             _line(rate, rows, "learning_rate", color=color)
             _line(speed, rows, "tokens_per_s", color=color)
+        speed.set_ylim(bottom=0)
         loss.legend(frameon=False, fontsize="small")
         loss.set_title(label("训练损失（滑动平均）", "training loss (moving average)"), fontsize="medium")
         held_out.set_title(label("验证损失", "held-out loss"), fontsize="medium")

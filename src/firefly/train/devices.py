@@ -34,11 +34,16 @@ BF16_PEAK_FLOPS = {
 """Dense bf16 peak by a word of the device's name, the closer word first; from the makers' data sheets."""
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s that the maker states for a device such as "NVIDIA H200", or None when it is not known.
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a CUDA device as its maker states them; None where they are not known, as on a CPU.
 
     A float32 run is measured against it too: its low share says what bf16 would gain.
     """
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_of(device_name: str) -> float | None:
+    """The same by the device's name, such as "NVIDIA H200"."""
     for name, peak in BF16_PEAK_FLOPS.items():
         if re.search(rf"\b{name}\b", device_name):
             return peak

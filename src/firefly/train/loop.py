@@ -162,7 +162,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
                         raise
                     next_save = min(next_save, state.step + max(1, section.save_steps // 10))
                     warn(f"{error} Training goes on; the next checkpoint is tried at step {next_save}.")
-                metrics.draw()
+                metrics.draw(at_once=last or bool(stop.asked))
                 if stop.asked:
                     raise Interrupted(
                         f"stopped; {saved} is saved, run the same command to go on.", stop.asked
@@ -305,9 +305,8 @@ class _Scale:
     def of(
         cls, model: CausalModel, device: torch.device, num_units: int, total_steps: int, section: TrainSection
     ) -> _Scale:
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         units_per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
-        return cls(*training_flops(model), peak, device, num_units, units_per_step, total_steps)
+        return cls(*training_flops(model), peak_flops(device), device, num_units, units_per_step, total_steps)
 
 
 def _row(window: Window, step: int, rate: float, scale: _Scale) -> dict[str, Any]:
