@@ -53,7 +53,17 @@ def test_every_top_level_name_has_a_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["recipe", "data.dataset", "data.tokens", "data.loader", "evaluate.metrics", "app.verse", "cli"]
+    "module",
+    [
+        "recipe",
+        "data.dataset",
+        "data.tokens",
+        "data.loader",
+        "evaluate.metrics",
+        "app.verse",
+        "app.runs",
+        "cli",
+    ],
 )
 def test_light_modules_load_no_torch(module: str) -> None:
     code = f"import sys, firefly.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

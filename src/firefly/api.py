@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the functions import what they need, so that `firefly --hel
     from firefly.app.chat import ChatResult
     from firefly.app.demo import DemoResult
     from firefly.app.pipeline import RunResult
+    from firefly.app.runs import RunsResult
     from firefly.app.verse import VerseResult
     from firefly.data.peek import PeekedSample
     from firefly.data.survey import StatsResult
@@ -50,6 +51,7 @@ __all__ = [
     "prune_sizes",
     "prune_verify",
     "run",
+    "runs",
     "train",
     "verse",
     "version",
@@ -247,6 +249,17 @@ def run(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:
     from firefly.app.pipeline import run_stages
 
     return run_stages(_recipe(recipe, overrides))
+
+
+def runs(*places: str | Path, png: str | Path | None = None) -> RunsResult:
+    """List the runs under folders (the current one by default), or compare two or more runs that are named.
+
+    A comparison tells the options that differ; `png` is a picture to draw, the runs' curves over each other.
+    Raises `InputError` when there is no run.
+    """
+    from firefly.app.runs import list_runs
+
+    return list_runs([Path(place) for place in places], Path(png) if png else None)
 
 
 def evaluate(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:

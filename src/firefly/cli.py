@@ -451,6 +451,32 @@ def run(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, 
 
 @app.command(
     epilog=_examples(
+        "firefly runs",
+        "firefly runs out --json",
+        "firefly runs out/mine out/again --png curves.png",
+    )
+)
+@_keeps_what_is_done
+def runs(
+    places: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", help="Folders to look in; or two or more runs, to compare them."),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the runs' curves over each other here.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List runs with their state, losses and speed, or compare two or more: options that differ, curves."""
+    console.quiet(quiet)
+    result = api.runs(*places or [], png=png)
+    if as_json:
+        _show(result, True, lambda _: [])
+    else:
+        console.show(*(table.rich() for table in result.tables()))
+
+
+@app.command(
+    epilog=_examples(
         "firefly evaluate out/demo",
         "firefly evaluate recipes/demo.toml evaluate.generations_per_kind=50",
     )

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+Item = TypeVar("Item")
 
 _LOG_INTERVAL_S = 5.0
 _quiet = False
+_screen: Any = None  # the terminal's bars while some are shown; work inside other work adds its own there
 
 
 def quiet(on: bool = True) -> None:
@@ -60,7 +63,7 @@ class Progress(Protocol):
     """A running job's progress."""
 
     def advance(self, amount: float = 1, note: str = "") -> None:
-        """Count `amount` more units as done; `note` is shown behind the bar."""
+        """Count `amount` more units as done; `note` says how it goes and is shown until the next one."""
 
 
 @contextmanager
@@ -84,6 +87,16 @@ def progress(label: str, total: float | None, unit: str, done: float = 0) -> Ite
         lines.finish()
 
 
+def watched(
+    items: Iterable[Item], label: str, total: float | None, unit: str, size: Callable[[Item], float]
+) -> Iterator[Item]:
+    """Pass `items` through while `progress` counts `size` of each one that is done with."""
+    with progress(label, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.advance(size(item))
+
+
 class _Silent:
     def advance(self, amount: float = 1, note: str = "") -> None:
         pass
@@ -94,20 +107,22 @@ class _Lines:
 
     def __init__(self, label: str, total: float | None, unit: str, done: float) -> None:
         self.label, self.total, self.unit, self.done, self.first = label, total, unit, done, done
+        self.note = ""
         self.start_s = self.last_s = time.monotonic()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         self.done += amount
+        self.note = note or self.note
         now_s = time.monotonic()
         if now_s - self.last_s >= _LOG_INTERVAL_S:
             self.last_s = now_s
-            self._print(note)
+            self._print()
 
-    def _print(self, note: str) -> None:
+    def _print(self) -> None:
         rate = (self.done - self.first) / max(time.monotonic() - self.start_s, 1e-9)
         total = f"/{self.total:,.0f}" if self.total else ""
         eta = f" · ETA {_clock((self.total - self.done) / rate)}" if self.total and rate > 0 else ""
-        tail = f" · {note}" if note else ""
+        tail = f" · {self.note}" if self.note else ""
         say(f"{self.label}: {self.done:,.0f}{total} {self.unit} · {_rate(rate)} {self.unit}/s{eta}{tail}")
 
     def finish(self) -> None:
@@ -118,33 +133,59 @@ class _Lines:
 
 @contextmanager
 def _bar(label: str, total: float | None, unit: str, done: float) -> Iterator[Progress]:
-    """A rich bar with count, rate and ETA."""
+    """A rich bar with count, rate and ETA, its note on a line of its own below."""
+    global _screen
+    outermost = _screen is None
+    if outermost:
+        _screen = _bars()
+        _screen.start()
+    try:
+        bar = _Bar(_screen, label, total, unit, done)
+        yield bar
+        if not outermost:
+            _screen.remove_task(bar.task)
+    finally:
+        if outermost:
+            _screen.stop()
+            _screen = None
+
+
+class _Bar:
+    def __init__(self, bars: Any, label: str, total: float | None, unit: str, done: float) -> None:
+        self.bars, self.unit, self.done = bars, unit, 0.0
+        self.of = f"/{total:,.0f}" if total else ""
+        self.task = bars.add_task(
+            label, total=total, completed=int(done), of=self.of, unit=unit, rate="", note=""
+        )
+        self.start_s = time.monotonic()
+
+    def advance(self, amount: float = 1, note: str = "") -> None:
+        self.done += amount
+        rate = self.done / max(time.monotonic() - self.start_s, 1e-9)
+        changes = {"note": note} if note else {}
+        self.bars.update(self.task, advance=amount, rate=f"{_rate(rate)} {self.unit}/s", **changes)
+
+
+def _bars() -> Any:
+    """The terminal's bars, one line each; under them what the jobs noted last."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
+    from rich.text import Text
 
-    columns = (
+    class Bars(RichProgress):
+        def get_renderables(self) -> Iterator[Any]:
+            yield self.make_tasks_table(self.tasks)
+            yield from (Text(f"  {task.fields['note']}") for task in self.tasks if task.fields["note"])
+
+    return Bars(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}" if total else "{task.completed:,.0f}"),
-        TextColumn(unit),
+        TextColumn("{task.completed:,.0f}{task.fields[of]} {task.fields[unit]}"),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
     )
-    with RichProgress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(label, total=total, completed=int(done), rate="", note="")
-        start_s = time.monotonic()
-
-        class Bar:
-            done = 0.0
-
-            def advance(self, amount: float = 1, note: str = "") -> None:
-                self.done += amount
-                rate = self.done / max(time.monotonic() - start_s, 1e-9)
-                bars.update(task, advance=amount, note=note, rate=f"{_rate(rate)} {unit}/s")
-
-        yield Bar()
 
 
 def _rate(rate: float) -> str:

@@ -139,6 +139,22 @@ def exclusive(directory: Path, what: str) -> Iterator[None]:
         yield
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a process holds `directory` through `exclusive` now; asking leaves nothing behind."""
+    if os.name != "posix":
+        return False
+    import fcntl
+
+    try:
+        with (directory / ".lock").open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # never locked, or not ours to look at
+        return False
+    return False
+
+
 @contextlib.contextmanager
 def exclusive_beside(path: Path, what: str) -> Iterator[None]:
     """Hold the name `path` for this process alone, whether or not it exists yet, by a lock file beside it.

@@ -62,14 +62,22 @@ def figure(path: Path, width: float = 8, height: float = 4.5) -> Iterator[Any]:
 
     Raises `OutputError` when `path` cannot be written.
     """
+    with panels(path, 1, 1, width, height) as axes:
+        yield axes[0]
+
+
+@contextmanager
+def panels(path: Path, rows: int, columns: int, width: float, height: float) -> Iterator[list[Any]]:
+    """As `figure`, with `rows` × `columns` axes, row by row."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot, which keeps global state
 
     style = {"font.sans-serif": list(fonts()), "font.family": "sans-serif", "axes.unicode_minus": False}
     with matplotlib.rc_context(style):
         canvas = Figure(figsize=(width, height), layout="constrained")
-        axes = canvas.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
+        axes = [canvas.add_subplot(rows, columns, number + 1) for number in range(rows * columns)]
+        for one in axes:
+            one.spines[["top", "right"]].set_visible(False)
         yield axes
         buffer = io.BytesIO()
         canvas.savefig(buffer, format="png", dpi=120)

@@ -228,7 +228,10 @@ class TrainSection(Section):
     resume_from_checkpoint: Literal["auto", "never"] = Field(
         default="auto", description="auto: go on from the newest checkpoint of this run"
     )
-    report_to: list[Literal["tensorboard"]] = Field(default=["tensorboard"])
+    report_to: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(
+        default=["tensorboard"],
+        description="who hears of the figures besides metrics.jsonl; wandb and swanlab must be installed",
+    )
     check: bool = Field(
         default=True,
         description="before training, refuse what memory or disk cannot hold, and try the largest batch",

@@ -291,7 +291,7 @@ def test_metrics_wait_for_space_and_no_line_is_lost_or_broken(small_disk: Path, 
 
     (small_disk / "run").mkdir()
     filler = small_disk / "filler"
-    with Metrics(small_disk / "run", 0, []) as metrics:
+    with Metrics(small_disk / "run", 0) as metrics:
         for step in range(1, 40):
             if step == 5:
                 filler.write_bytes(b"x" * 4096 * os.statvfs(small_disk).f_bavail)

@@ -223,7 +223,7 @@ def test_run_directory_tells_the_story(recipe: Callable[..., Recipe]) -> None:
     run = made.out / "run"
     assert Recipe.load(run / "recipe.toml") == made
     assert json.loads((run / "environment.json").read_text("utf-8"))["torch"] == torch.__version__
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert any((run / "tensorboard").iterdir())
     validated = [
         json.loads(line)

@@ -5,7 +5,7 @@ all it depended on. A stage whose fingerprint still holds is skipped; a changed 
 whatever comes after. A run with checkpoints keeps its recipe: another one is refused before anything is touched.
 Killed anywhere and run again, a run ends with the same bytes.
 
-    OUT/dataset   examples, rejects, card.json         OUT/run         checkpoints, metrics, loss.png
+    OUT/dataset   examples, rejects, card.json         OUT/run         checkpoints, metrics, curves.png
     OUT/pruned    the pruned base, prune.json          OUT/model       the finished model directory
     OUT/tokens    ids, masks, borders, lengths.png     OUT/evaluation  results.json, report.html
 """
@@ -34,6 +34,7 @@ from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
 from firefly.train.checkpoint import find_checkpoints
 from firefly.train.loop import HARMLESS, train
+from firefly.train.reporters import require_reporters
 
 StageName = Literal["dataset", "prune", "tokens", "train", "evaluate"]
 _BEFORE_TRAINING: tuple[StageName, ...] = ("dataset", "prune", "tokens")
@@ -72,6 +73,8 @@ def run_stages(recipe: Recipe, until: StageName = "evaluate") -> RunResult:
             "data.validation_fraction = 0 holds nothing out, so there would be nothing to evaluate; "
             "set it above 0, or stop after training with `firefly train`."
         )
+    if until in ("train", "evaluate"):
+        require_reporters(recipe.train.report_to)
     base = resolve(recipe.model.base)
     check_model(base)
     _claim(recipe.out)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firefly.console import progress, say, warn
+from firefly.console import progress, say, warn, watched
 from firefly.data.chatformat import open_format
 from firefly.data.loader import Batch, TrainingStream, in_order
 from firefly.data.tokenizer import ModelTokenizer
@@ -37,10 +37,13 @@ from firefly.model.score import batch_loss, loss_by_kind
 from firefly.model.shards import weight_files
 from firefly.recipe import Recipe, TrainSection
 from firefly.train.checkpoint import TrainState, load_checkpoint, newest_sound, save_checkpoint
-from firefly.train.curves import Metrics
+from firefly.train.curves import Metrics, note
+from firefly.train.devices import peak_flops, peak_memory_bytes, training_flops
 from firefly.train.objectives import LEARNS_EVERY_TOKEN
 from firefly.train.optim import learning_rate_at, make_optimizer
 from firefly.train.plan import num_steps, require_room, try_largest_batch
+from firefly.train.reporters import open_reporters, require_reporters
+from firefly.train.window import Window
 
 HARMLESS = frozenset(
     {
@@ -78,6 +81,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     `TrainingError` when the loss is not finite, `Interrupted` after saving on SIGTERM or SIGINT.
     """
     section = recipe.train
+    require_reporters(section.report_to)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
     torch.manual_seed(section.seed)
@@ -118,17 +122,27 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     state = _start_or_resume(recipe, run, names, optimizer, fingerprint, device)
     if section.check and state.step < total_steps:
         try_largest_batch(model, optimizer, stream, total_steps * section.gradient_accumulation_steps, bf16)
-    resumed_s, resumed_tokens, elapsed_before_s = time.monotonic(), state.trained_tokens, state.elapsed_s
+    packed = recipe.data.pack_length
+    window = Window(state.window, data, device, packed and packed * section.per_device_train_batch_size)
+    scale = _Scale.of(model, device, stream.num_units, total_steps, section)
+    resumed_s, resumed_step, elapsed_before_s = time.monotonic(), state.step, state.elapsed_s
     next_save = _next_save(state.step, section.save_steps)
     with (
         _stop_signals() as stop,
-        Metrics(run, state.step, section.report_to) as metrics,
+        Metrics(
+            run,
+            state.step,
+            open_reporters(section.report_to, run, state.step, recipe.name, section.model_dump()),
+        ) as metrics,
         progress("train", total_steps, "steps", state.step) as bar,
     ):
         while state.step < total_steps:
+            began_s = time.monotonic()
             rate = learning_rate_at(state.step, total_steps, section)
             batches = _micro_batches(stream, state.step, section.gradient_accumulation_steps)
-            loss_sum, norm = _backward(model, optimizer, batches, device, bf16, section.max_grad_norm, data)
+            loss_sum, norm = _backward(
+                model, optimizer, batches, device, bf16, section.max_grad_norm, data, window
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
@@ -137,20 +151,22 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
             state.trained_tokens += sum(len(batch.input_ids) for batch in batches)
             state.elapsed_s = elapsed_before_s + time.monotonic() - resumed_s
 
-            _count(state.window, loss_sum, norm, batches)
+            window.add_step(loss_sum, norm, time.monotonic() - began_s)
             if state.step % section.logging_steps == 0 or state.step == total_steps:
-                row = _close_window(state, rate)
-                speed = (state.trained_tokens - resumed_tokens) / (time.monotonic() - resumed_s)
-                metrics.write(row | {"tokens_per_s": round(speed, 1)})
-                note = f"loss {row['loss']:.3f} · {speed:,.0f} tokens/s"
+                left_s = (
+                    (time.monotonic() - resumed_s) / (state.step - resumed_step) * (total_steps - state.step)
+                )
+                row = _row(window, state.step, rate, scale) | {"eta_s": round(left_s, 1)}
+                metrics.write(row)
+                bar.advance(1, note(row))
             else:
-                note = ""
-            bar.advance(1, note)
+                bar.advance(1)
             last = state.step == total_steps
             if last or (section.eval_steps and state.step % section.eval_steps == 0):
                 metrics.write({"step": state.step, "validation": validate(model, held_out, device, bf16)})
             if last or stop.asked or state.step >= next_save:
                 next_save = _next_save(state.step, section.save_steps)
+                state.window = window.state()
                 try:
                     saved = save_checkpoint(run, names, optimizer, state, section.save_total_limit)
                 except DiskFullError as error:
@@ -158,7 +174,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
                         raise
                     next_save = min(next_save, state.step + max(1, section.save_steps // 10))
                     warn(f"{error} Training goes on; the next checkpoint is tried at step {next_save}.")
-                metrics.draw()
+                metrics.draw(at_once=last or bool(stop.asked))
                 if stop.asked:
                     raise Interrupted(
                         f"stopped; {saved} is saved, run the same command to go on.", stop.asked
@@ -218,7 +234,8 @@ def validate(
     Bits per byte do not depend on the vocabulary, so they compare models with different tokenizers.
     """
     kinds = [tokens.kind_names[kind] for kind in tokens.kinds]
-    return loss_by_kind(model, in_order(tokens), kinds, tokens.target_bytes.tolist(), device, bf16)
+    batches = watched(in_order(tokens), "validate", len(tokens.ids), "tokens", lambda one: len(one.input_ids))
+    return loss_by_kind(model, batches, kinds, tokens.target_bytes.tolist(), device, bf16)
 
 
 def _backward(
@@ -229,6 +246,7 @@ def _backward(
     bf16: bool,
     max_norm: float,
     data: Tokens,
+    window: Window,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of one step, clipped; returns the loss sum and the gradient norm before clipping."""
     model.train()
@@ -237,7 +255,8 @@ def _backward(
         raise TrainingError(f"{_samples(batches, data)}: no token to learn in this batch; check the dataset.")
     total = torch.zeros((), device=device)
     for batch in batches:
-        loss, _ = batch_loss(model, PackedInput.of(batch, device), bf16)
+        loss, losses = batch_loss(model, PackedInput.of(batch, device), bf16)
+        window.add_batch(batch, losses)
         torch.autograd.backward(loss / num_targets)
         total += loss.detach()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -275,24 +294,40 @@ def _fingerprint(
     return sha256_json([options, total_steps, pack_length, weights, sha256_file(tokens_dir / "index.json")])
 
 
-def _count(window: dict[str, Any], loss_sum: Tensor, norm: Tensor, batches: list[Batch]) -> None:
-    window["loss_sum"] = window.get("loss_sum", 0.0) + float(loss_sum)
-    window["num_targets"] = window.get("num_targets", 0) + sum(len(batch.target_ids) for batch in batches)
-    window["num_tokens"] = window.get("num_tokens", 0) + sum(len(batch.input_ids) for batch in batches)
-    window["grad_norm"] = float(norm)
+@dataclass(frozen=True)
+class _Scale:
+    """What a run's figures are measured against, the same from its first step to its last."""
+
+    flops_per_token: int
+    flops_per_target: int
+    peak_flops: float | None  # of the device; None where it is not known
+    device: torch.device
+    num_units: int  # samples or packed rows in an epoch
+    units_per_step: int
+    total_steps: int
+
+    @classmethod
+    def of(
+        cls, model: CausalModel, device: torch.device, num_units: int, total_steps: int, section: TrainSection
+    ) -> _Scale:
+        units_per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
+        return cls(*training_flops(model), peak_flops(device), device, num_units, units_per_step, total_steps)
 
 
-def _close_window(state: TrainState, rate: float) -> dict[str, Any]:
+def _row(window: Window, step: int, rate: float, scale: _Scale) -> dict[str, Any]:
     """One metrics row for the steps since the last one."""
-    window, state.window = state.window, {}
-    return {
-        "step": state.step,
-        "loss": window["loss_sum"] / window["num_targets"],
-        "grad_norm": window["grad_norm"],
-        "learning_rate": rate,
-        "target_tokens": window["num_targets"],
-        "tokens": window["num_tokens"],
-    }
+    sums, seconds = window.close()
+    seconds = max(seconds, 1e-9)
+    row = {"step": step} | sums | {"learning_rate": rate, "tokens_per_s": round(sums["tokens"] / seconds, 1)}
+    if scale.peak_flops:
+        flops = sums["tokens"] * scale.flops_per_token + sums["target_tokens"] * scale.flops_per_target
+        row["mfu"] = round(flops / seconds / scale.peak_flops, 4)
+    memory = peak_memory_bytes(scale.device)
+    if memory is not None:
+        row["memory_bytes"] = memory
+    units = step * scale.units_per_step
+    row |= {"epoch": round(units / scale.num_units, 4), "sample": units % scale.num_units}
+    return row | {"total_steps": scale.total_steps}
 
 
 class _Stop:

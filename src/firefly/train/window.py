@@ -1,0 +1,87 @@
+"""The window: what happened since the last metrics row, summed up without waiting for the device.
+
+Sums of the losses stay on the device, in float64, until a row or a checkpoint is due; what the host knows is counted
+there. An open window goes through a checkpoint as JSON, so a resumed run writes the same rows.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from firefly.data.loader import Batch
+from firefly.data.tokens import Tokens
+
+
+class Window:
+    """Sums over steps. K kinds of samples, M learned tokens of a batch."""
+
+    def __init__(
+        self, stored: dict[str, Any], data: Tokens, device: torch.device, slots_per_batch: int | None = None
+    ) -> None:
+        """Go on with the window that a checkpoint `stored`, or begin (`{}`).
+
+        `slots_per_batch` is how many tokens a full batch of packed rows would hold; None: a batch has no padding.
+        """
+        self.data, self.device, self.slots_per_batch = data, device, slots_per_batch
+        self._kinds = torch.arange(len(data.kind_names), device=device)[:, None]  # K 1
+        self._open(stored)
+
+    def _open(self, stored: dict[str, Any]) -> None:
+        zeros = [0] * len(self.data.kind_names)
+        self._loss = torch.tensor(stored.get("loss", 0.0), dtype=torch.float64, device=self.device)
+        self._losses = torch.tensor(stored.get("losses", zeros), dtype=torch.float64, device=self.device)  # K
+        self._norm = torch.tensor(stored.get("grad_norm", 0.0), dtype=torch.float64)
+        self._targets = np.asarray(stored.get("targets", zeros), np.int64)  # K
+        self._tokens, self._slots = stored.get("tokens", 0), stored.get("slots", 0)
+        self._seconds = stored.get("seconds", 0.0)
+
+    def add_batch(self, batch: Batch, losses: Tensor) -> None:
+        """Count one micro-batch and the loss of each of its learned tokens (M), kind by kind."""
+        kinds = self.data.kinds[batch.sample_ids][batch.target_samples].astype(np.int64)  # M
+        self._targets += np.bincount(kinds, minlength=len(self._targets))
+        self._tokens += len(batch.input_ids)
+        self._slots += self.slots_per_batch or len(batch.input_ids)
+        host = torch.from_numpy(kinds)
+        here = host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
+        # Not bincount or index_add: on CUDA the one waits for the device, the other adds in any order.
+        self._losses += torch.where(self._kinds == here, losses.detach().double(), 0.0).sum(1)
+
+    def add_step(self, loss: Tensor, norm: Tensor, seconds: float) -> None:
+        """Count one finished step: the sum of its losses, its gradient norm, and how long it took."""
+        self._loss += loss.detach()
+        self._norm = norm.detach()
+        self._seconds += seconds
+
+    def state(self) -> dict[str, Any]:
+        """The open window as JSON values; on CUDA this waits for the device."""
+        return {
+            "loss": float(self._loss),
+            "losses": self._losses.tolist(),
+            "grad_norm": float(self._norm),
+            "targets": self._targets.tolist(),
+            "tokens": self._tokens,
+            "slots": self._slots,
+            "seconds": self._seconds,
+        }
+
+    def close(self) -> tuple[dict[str, Any], float]:
+        """The row of a window and the seconds its steps took; the next window is open then."""
+        asked_s = time.monotonic()
+        sums = self.state()
+        seconds = self._seconds + time.monotonic() - asked_s  # the wait for steps that were still under way
+        self._open({})
+        by_kind = zip(self.data.kind_names, sums["losses"], sums["targets"], strict=True)
+        row = {
+            "loss": sums["loss"] / sum(sums["targets"]),
+            "loss_by_kind": {name: loss / count for name, loss, count in by_kind if count},
+            "grad_norm": sums["grad_norm"],
+            "target_tokens": sum(sums["targets"]),
+            "tokens": sums["tokens"],
+            "padding_share": round(1 - sums["tokens"] / sums["slots"], 4),
+        }
+        return row, seconds
