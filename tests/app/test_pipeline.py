@@ -174,3 +174,23 @@ def test_sigkill_at_random_moments(make: Make, whole: dict[str, str], seed: int)
         kill_when(recipe, lambda due_s=due_s: time.monotonic() > due_s)  # type: ignore[misc]
     api.run(recipe)
     assert contents(recipe.out) == whole
+
+
+def test_a_chat_format_that_the_base_cannot_write_stops_before_the_data_is_built(make: Make) -> None:
+    table = make().model_dump(exclude_none=True)
+    table["data"]["chat_format"] = "chatml"
+    with pytest.raises(ModelError, match=r"data\.chat_format = 'chatml' needs"):
+        api.data(Recipe.from_table(table))
+    assert not (Path(table["output_dir"]) / "dataset").exists()
+
+
+def test_a_changed_evaluation_file_makes_the_dataset_anew(make: Make, tmp_path: Path) -> None:
+    """Also one that only a pattern names."""
+    table = make().model_dump(exclude_none=True)
+    table["data"]["decontaminate"] = [str(tmp_path / "exam*.jsonl")]
+    exam = tmp_path / "exam-1.jsonl"
+    exam.write_text('{"text": "这一句不在任何训练样本里面出现，真的没有"}\n', "utf-8")
+    assert skipped(api.data(Recipe.from_table(table))) == []
+    assert "dataset" in skipped(api.data(Recipe.from_table(table)))
+    exam.write_text('{"text": "换了一句话，它也不在任何训练样本里面出现"}\n', "utf-8")
+    assert "dataset" not in skipped(api.data(Recipe.from_table(table)))

@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 import firefly
 from firefly.console import say
+from firefly.data.chatformat import open_format
 from firefly.data.dataset import build_dataset
 from firefly.data.readers import files_of
+from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import encode_dataset
 from firefly.errors import CheckpointError, OutputError, RecipeError
 from firefly.evaluate.run import evaluate
@@ -139,14 +141,21 @@ class _Line:
         """The model that is trained: the pruned base, or the base as it is."""
         return self.out / "pruned" if self.recipe.prune else resolve(self.recipe.model.base)
 
-    def dataset(self, base: Path) -> None:  # noqa: ARG002 - stages have one signature
+    def dataset(self, base: Path) -> None:
         data = self.recipe.data
         read = [path for source in data.sources for path in files_of(locate(source.path))]
         exams = [path for given in data.decontaminate for path in files_of(Path(given))]
         files = [_identity(path) for path in (*read, *exams)]
         choices = data.model_dump(exclude=_OF_TOKENS | _HARMLESS_DATA | {"pack_length"})
         place = self.out / "dataset"
-        self._stage("dataset", place, [choices, files], lambda: build_dataset(data, place))
+
+        def work() -> Any:
+            open_format(
+                data.chat_format, ModelTokenizer.load(base)
+            )  # or the tokens stage would fail, hours later
+            return build_dataset(data, place)
+
+        self._stage("dataset", place, [choices, files], work)
 
     def prune(self, base: Path) -> None:
         section = self.recipe.prune

@@ -451,7 +451,7 @@ def _tell(result: DatasetResult, data: DataSection) -> None:
         if kind not in known and near:
             console.warn(f"the kind '{kind}' is no known task; did you mean '{near[0]}'?")
     bare = [kind for kind, sides in result.kinds.items() if sides["train"] and not sides["validation"]]
-    if bare:
+    if bare and data.validation_fraction:
         console.warn(f"no validation example for {', '.join(bare)}; raise data.validation_fraction")
 
 
