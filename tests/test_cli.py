@@ -19,7 +19,7 @@ from firefly import api
 from firefly.cli import main
 from tiny import recipe_table, write_pairs
 
-VERBS = ("demo", "prune", "data", "train", "run", "evaluate", "chat", "verse", "version")
+VERBS = ("demo", "prune", "data", "plan", "train", "run", "evaluate", "chat", "verse", "version")
 GOLDEN = Path(__file__).parent / "golden"
 
 
