@@ -25,6 +25,7 @@ from firefly.train import plan
 from firefly.train.gpus import Device, find_gpu
 from firefly.train.loop import train
 from firefly.train.memory import BatchShape, at_depth, predict_memory
+from firefly.train.optim import make_optimizer
 from firefly.train.plan import estimate_from, make_plan
 from tiny import recipe_table, save_tokenizer, write_pairs
 
@@ -208,16 +209,34 @@ def test_the_probe_runs_the_batch_with_most_tokens(
 
     def watched(model: Any, batch: Any, bf16: bool) -> Any:
         seen.append(len(batch.input_ids))
-        torch.rand(3)  # as dropout would
         return real(model, batch, bf16)
 
     monkeypatch.setattr(plan, "batch_loss", watched)
-    before = torch.get_rng_state()
     api.train(made)
     stream = TrainingStream(Tokens.open(made.out / "tokens", "train"), 4, made.train.seed)
     sizes = [len(stream.batch(number).input_ids) for number in range(10)]
     assert seen == [max(sizes)] and stream.batch_tokens(10).tolist() == sizes
-    torch.set_rng_state(before)
+
+
+def test_the_probe_restores_random_state_and_gradients(
+    recipe: Callable[..., Recipe], tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe()
+    api.data(made)
+    model = load_model(tiny("bloom"))
+    optimizer = make_optimizer(model.parameters(), made.train)
+    real = plan.batch_loss
+
+    def random(*arguments: Any) -> Any:
+        torch.rand(3)  # as dropout would
+        return real(*arguments)
+
+    monkeypatch.setattr(plan, "batch_loss", random)
+    before = torch.get_rng_state()
+    stream = TrainingStream(Tokens.open(made.out / "tokens", "train"), 4, made.train.seed)
+    plan.try_largest_batch(model, optimizer, stream, 8, bf16=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters()) and not optimizer.state
 
 
 def test_memory_that_runs_out_in_the_probe_is_one_sentence(
