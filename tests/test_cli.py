@@ -252,3 +252,7 @@ def test_a_full_disk_while_data_is_built(
     said = fails(capsys, "data", recipe)
     assert ("and the disk has" if seen_before else "The disk is full") in said
     assert not (small_disk / "out" / "dataset").exists()
+
+
+def test_an_unknown_engine_is_one_sentence_with_the_choices(toml: Callable[..., str], capsys: Any) -> None:
+    assert "data.engine = 'rai': allowed: 'local', 'ray'" in fails(capsys, "data", toml(), "--engine", "rai")

@@ -325,15 +325,23 @@ DataModel = Annotated[
 @data_app.command(
     epilog=_examples(
         "firefly data recipes/firefly-1b4.toml",
+        "firefly data recipes/firefly-1b4.toml --engine ray",
     )
 )
 @_keeps_what_is_done
 def build(
-    recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Where the work runs: local processes, or a ray cluster (data.engine).")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Build the dataset of a recipe: import, template, clean, split, encode (the word `build` may be left out)."""
     console.quiet(quiet)
-    _show(api.data(recipe, overrides or []), as_json, _stage_lines)
+    chosen = [f"data.engine={engine}"] if engine else []
+    _show(api.data(recipe, [*(overrides or []), *chosen]), as_json, _stage_lines)
 
 
 @data_app.command(

@@ -30,7 +30,7 @@ from firefly.recipe import TrainSection
 from firefly.train.optim import make_optimizer
 
 _FRAMEWORK_BYTES = {"cpu": 450 << 20, "cuda": 700 << 20}
-"""Interpreter and libraries (measured); CUDA's context and cuBLAS' workspaces (an estimate)."""
+"""Interpreter and libraries; on CUDA also its context and the workspaces of cuBLAS. Both are estimates."""
 _CACHE_SHARE = {"cpu": 0.0, "cuda": 0.06}
 """What torch's caching allocator holds beyond the tensors: rounding and fragments (an estimate)."""
 _DEPTHS = (2, 4)
