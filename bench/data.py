@@ -220,6 +220,8 @@ def main() -> None:
     shared = rows.ROOT.parent / "shared"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer records, for a look")
+    parser.add_argument("--records", type=int, help="how many records a run has (500,000)")
+    parser.add_argument("--runs", type=int, help="how often all are run in turn (3)")
     parser.add_argument("--tokenizers", type=Path, default=shared / "tokenizers", help="where qwen3/ lies")
     parser.add_argument(
         "--pack", type=Path, default=shared / "data" / "pack", help="where the raw records lie"
@@ -244,6 +246,7 @@ def main() -> None:
     count, repeats, small, large = (
         (50_000, 1, 20_000, 100_000) if options.quick else (500_000, 3, 100_000, 2_000_000)
     )
+    count, repeats = options.records or count, options.runs or repeats
     examples = [
         Example.from_record(json.loads(line), Path("bench"), 0)
         for block in blocks(synthesise(raw, count))
