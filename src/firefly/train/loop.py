@@ -100,7 +100,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
             f"{model_dir} has {len(model.head)} embedding rows and its tokenizer the id {tokenizer.highest_id}; "
             "they are not of one model."
         )
-    model.gradient_checkpointing = section.gradient_checkpointing
+    model.checkpoint_every = int(section.gradient_checkpointing)
     names = dict(transformers_model(model).named_parameters())  # a tied matrix once
     optimizer = make_optimizer(names.values(), section)
 
