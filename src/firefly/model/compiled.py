@@ -25,7 +25,9 @@ def compile_layers(model: CausalModel, device: torch.device) -> bool:
 def _compiler_problem(device: torch.device) -> str | None:
     """What stops torch.compile, found by compiling something small: often a missing C++ compiler or Triton."""
     try:
-        torch.compile(_probe, dynamic=True)(torch.ones(8, device=device, requires_grad=True)).backward()
+        torch.autograd.backward(
+            torch.compile(_probe, dynamic=True)(torch.ones(8, device=device, requires_grad=True))
+        )
     except Exception as error:  # whatever it is, training goes on without the compiler
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return None

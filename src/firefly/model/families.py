@@ -51,7 +51,7 @@ class HubModel(nn.Module):
             old = self.inner.gradient_checkpointing_enable
             getattr(self.inner, "activation_checkpointing_enable", old)({"use_reentrant": False})
         for index, layer in enumerate(self.layers):
-            layer.gradient_checkpointing = bool(every) and index % every == 0
+            setattr(layer, "gradient_checkpointing", bool(every) and index % every == 0)  # noqa: B010 - not nn.Module's own
 
     def hidden(self, batch: PackedInput) -> Tensor:
         """Final hidden states, T C."""

@@ -97,21 +97,25 @@ class ByDocument:
         self.longest = max(self.lengths)
         self.bias = None if slopes is None else alibi_bias(slopes, self.longest)  # H L L
 
-    @torch.compiler.disable  # its shapes differ from document to document
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # its shapes differ from document to document
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
         """Attend: query T H D, key and value T G D; returns T H D."""
         bias = None if self.bias is None else self.bias.to(query.dtype)
         # `split`, for its backward pass joins the gradients; that of each slice would fill a whole tensor.
-        documents = (tensor.transpose(0, 1)[None].split(self.lengths, 2) for tensor in (query, key, value))
+        queries, keys, values = (
+            torch.split(tensor.transpose(0, 1)[None], self.lengths, 2) for tensor in (query, key, value)
+        )
         outputs = [
             F.scaled_dot_product_attention(
-                *one,  # 1 H L D, twice 1 G L D
+                one_query,  # 1 H L D
+                one_key,  # 1 G L D
+                one_value,  # 1 G L D
                 attn_mask=None if bias is None else bias[None, :, :length, :length],
                 is_causal=bias is None,
                 scale=scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
-            for length, *one in zip(self.lengths, *documents, strict=True)
+            for length, one_query, one_key, one_value in zip(self.lengths, queries, keys, values, strict=True)
         ]
         return torch.cat([output[0].transpose(0, 1) for output in outputs])
 
@@ -137,15 +141,21 @@ class ByBlock:
             assert slopes is not None
             return score + slopes[head] * (key - query)
 
+        partial, partial_indices, full, full_indices = (
+            on_device(array, device) for array in causal_blocks(document, np.asarray(borders), block)
+        )
         self.mask = BlockMask.from_kv_blocks(
-            *(on_device(array, device) for array in causal_blocks(document, np.asarray(borders), block)),
+            partial,
+            partial_indices,
+            full,
+            full_indices,
             BLOCK_SIZE=block,
             mask_mod=may_see,
             seq_lengths=(len(document), len(document)),
         )
         self.score_mod = None if slopes is None else alibi
 
-    @torch.compiler.disable  # FlexAttention is compiled on its own, whether the layers are or not
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # FlexAttention is compiled on its own, whether the layers are or not
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
         """Attend: query T H D, key and value T G D; returns T H D."""
         attend = _compiled_flex_attention() if query.is_cuda else flex_attention
