@@ -66,7 +66,7 @@ class CompactAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.eight_bit, self.kahan = eight_bit, kahan
-        self._slice_update = torch.compile(_adamw_slice, dynamic=True) if compiled else _adamw_slice
+        self._slice_update: Any = torch.compile(_adamw_slice, dynamic=True) if compiled else _adamw_slice
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
