@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from firefly.errors import RecipeError
 
@@ -215,8 +215,10 @@ class TrainSection(Section):
         default="auto",
         description="arithmetic; weights stay float32. auto: bf16 on CUDA, float32 on CPU",
     )
-    gradient_checkpointing: bool = Field(
-        default=False, description="recompute each layer in the backward pass: less memory, a third more time"
+    gradient_checkpointing: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="recompute layers in the backward pass for less memory: 0 or false: none, "
+        "1 or true: each (a third more time), n: every n-th",
     )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(default=42, description="order of the samples")
     logging_steps: Annotated[int, Field(ge=1)] = Field(default=10, description="steps between log lines")
@@ -236,6 +238,22 @@ class TrainSection(Section):
         default=True,
         description="before training, refuse what memory or disk cannot hold, and try the largest batch",
     )
+    compile: bool = Field(default=False, description="fuse the layers' small operations with torch.compile")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="adamw_8bit: moments take 2 bytes a parameter, not 8"
+    )
+    weights: Literal["float32", "bf16_stochastic", "bf16_kahan"] = Field(
+        default="float32",
+        description="how weights are kept: bf16 halves them and their gradients; updates are rounded "
+        "stochastically, or exactly with Kahan's compensation (2 more bytes)",
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _fits_precision(cls, weights: str, info: ValidationInfo) -> str:
+        if weights != "float32" and info.data.get("precision") == "float32":
+            raise ValueError("'float32' where precision is 'float32'")
+        return weights
 
 
 class GenerationSection(Section):

@@ -117,7 +117,7 @@ def test_killed_again_and_again_it_ends_the_same(
     make: Make, nursery: Nursery, tmp_path: Path, seed: int, kills: int, in_saves: int
 ) -> None:
     """SIGKILL at random moments, some of them while a checkpoint is written; then run to the end."""
-    options = {"max_steps": 40 * kills // 10, "save_steps": 2, "eval_steps": 15}
+    options = {"max_steps": 6 * kills, "save_steps": 2, "eval_steps": 15}
     whole, broken = make("whole", **options), make("broken", **options)
     api.train(whole)
     api.data(broken)
@@ -125,28 +125,29 @@ def test_killed_again_and_again_it_ends_the_same(
     path.write_text(broken.to_toml(), "utf-8")
     run, chance = broken.out / "run", random.Random(seed)
 
+    def newest() -> int:
+        return max((int(one.name.split("-")[1]) for one in run.glob("checkpoint-*")), default=0)
+
     def saving() -> bool:
         return any(run.glob(".checkpoint-*"))
 
     done = {"in a save": 0, "anywhere": 0}
     for number in range(kills):
-        begun = time.monotonic()
-        if number < in_saves:
-            wait_s = chance.uniform(0.0, 0.002)
+        kind, steps, begun = (
+            "in a save" if number < in_saves else "anywhere",
+            chance.choice([0, 2, 4]),
+            newest(),
+        )
+        wait_s = chance.uniform(0.0, 0.002 if kind == "in a save" else 0.02 if steps else 0.3)
 
-            def due(wait_s: float = wait_s) -> bool:
-                if not saving():
-                    return False
-                time.sleep(wait_s)
-                return True
+        def due(kind: str = kind, aim: int = begun + steps, wait_s: float = wait_s) -> bool:
+            if not saving() if kind == "in a save" else newest() < aim:
+                return False
+            time.sleep(wait_s)
+            return True
 
-            done["in a save"] += nursery.run(path, due)
-        else:
-            wait_s = chance.uniform(0.2, 1.0)
-            done["anywhere"] += nursery.run(
-                path, lambda wait_s=wait_s, begun=begun: time.monotonic() > begun + wait_s
-            )
-    assert done["in a save"] == in_saves and done["anywhere"] >= (kills - in_saves) // 2, done
+        done[kind] += nursery.run(path, due)
+    assert done == {"in a save": in_saves, "anywhere": kills - in_saves}, done
     api.train(broken)
     assert results(broken.out) == results(whole.out)
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from firefly.errors import ModelError
-from firefly.model.packed import PackedInput, packed_attention
+from firefly.model.packed import PackedAttention, PackedInput, packed_attention
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Bloom(nn.Module):
     def __init__(self, shape: BloomShape) -> None:
         super().__init__()
         self.shape = shape
-        self.gradient_checkpointing = False
+        self.checkpoint_every = 0
         self.transformer = _Transformer(shape)
         self.register_buffer("slopes", alibi_slopes(shape.num_heads), persistent=False)
         if not shape.tied:
@@ -80,15 +80,21 @@ class Bloom(nn.Module):
         """The output matrix, V C."""
         return self.transformer.word_embeddings.weight if self.shape.tied else self.lm_head.weight
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, first to last."""
+        return self.transformer.h
+
     def hidden(self, batch: PackedInput) -> Tensor:
         """Final hidden states, T C."""
         stem = self.transformer
         states = stem.word_embeddings_layernorm(stem.word_embeddings(batch.input_ids))  # T C
-        for layer in stem.h:
-            if self.gradient_checkpointing and self.training:
-                states = checkpoint(layer, states, batch.borders, self.slopes, use_reentrant=False)
+        attention = packed_attention(batch.borders, states.device, self.slopes)
+        for index, layer in enumerate(stem.h):
+            if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
+                states = checkpoint(layer, states, attention, use_reentrant=False)
             else:
-                states = layer(states, batch.borders, self.slopes)
+                states = layer(states, attention)
         return stem.ln_f(states)  # type: ignore[no-any-return]
 
 
@@ -112,10 +118,10 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(width, epsilon)
         self.mlp = _Mlp(width)
 
-    def forward(self, states: Tensor, borders: list[int], slopes: Tensor) -> Tensor:
+    def forward(self, states: Tensor, attention: PackedAttention) -> Tensor:
         normed = self.input_layernorm(states)
         residual = normed if self.residual_after_layernorm else states
-        states = residual + self.self_attention(normed, borders, slopes)
+        states = residual + self.self_attention(normed, attention)
         normed = self.post_attention_layernorm(states)
         residual = normed if self.residual_after_layernorm else states
         return residual + self.mlp(normed)  # type: ignore[no-any-return]
@@ -128,10 +134,10 @@ class _Attention(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width)
         self.dense = nn.Linear(width, width)
 
-    def forward(self, states: Tensor, borders: list[int], slopes: Tensor) -> Tensor:
+    def forward(self, states: Tensor, attention: PackedAttention) -> Tensor:
         fused = self.query_key_value(states)  # T 3C, interleaved by head
         query, key, value = fused.view(len(states), self.num_heads, 3, -1).unbind(2)  # T H D
-        attended = packed_attention(query, key, value, borders, slopes)
+        attended = attention(query, key, value)
         return self.dense(attended.reshape(len(states), -1))  # type: ignore[no-any-return]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from firefly.errors import ModelError, choices
 from firefly.model.bloom import Bloom, BloomShape
-from firefly.model.packed import PackedInput, register_with_transformers
+from firefly.model.packed import PackedInput, packed_attention, register_with_transformers
 
 
 class HubModel(nn.Module):
@@ -27,6 +27,7 @@ class HubModel(nn.Module):
         made = AutoConfig.for_model(settings.pop("model_type"), **settings)
         made.use_cache = False
         self.inner = AutoModelForCausalLM.from_config(made, attn_implementation=register_with_transformers())
+        self._checkpoint_every = 0
 
     @property
     def head(self) -> Tensor:
@@ -34,20 +35,30 @@ class HubModel(nn.Module):
         return self.inner.get_output_embeddings().weight  # type: ignore[no-any-return]
 
     @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether layers are recomputed in the backward pass."""
-        return bool(self.inner.is_gradient_checkpointing)
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, first to last."""
+        return self.inner.base_model.layers  # type: ignore[no-any-return]
 
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on: bool) -> None:
-        if on:  # renamed in transformers 5.2x
+    @property
+    def checkpoint_every(self) -> int:
+        """Every how many layers one is recomputed in the backward pass; 0: none."""
+        return self._checkpoint_every
+
+    @checkpoint_every.setter
+    def checkpoint_every(self, every: int) -> None:
+        self._checkpoint_every = every
+        if every:  # renamed in transformers 5.2x
             old = self.inner.gradient_checkpointing_enable
             getattr(self.inner, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        for index, layer in enumerate(self.layers):
+            setattr(layer, "gradient_checkpointing", bool(every) and index % every == 0)  # noqa: B010 - not nn.Module's own
 
     def hidden(self, batch: PackedInput) -> Tensor:
         """Final hidden states, T C."""
         out = self.inner.base_model(
-            input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], borders=batch.borders
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            packed=packed_attention(batch.borders, batch.input_ids.device),
         )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 

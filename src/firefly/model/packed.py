@@ -3,20 +3,25 @@
 Legend: T packed tokens, H heads, G key/value heads, D head size, L length of one document.
 
 On the CPU each document runs through `scaled_dot_product_attention` alone, which wastes nothing and makes
-isolation a matter of slicing. ALiBi distances are counted within the document. The same function serves BLOOM
-and, through transformers' attention interface, every other family.
+isolation a matter of slicing. On CUDA one FlexAttention call serves all documents and skips the blocks between
+them (tested here through its CPU forward pass only; its CUDA kernels have not run yet). ALiBi distances are counted
+within the document. The same attention serves BLOOM and, through transformers' interface, every other family.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from firefly.errors import ModelError
 
@@ -50,52 +55,147 @@ class PackedInput:
     def of(cls, batch: SupportsPacking, device: torch.device) -> PackedInput:
         """Move a NumPy batch to `device`."""
 
-        def tensor(array: Any) -> Tensor:
-            host = torch.from_numpy(array)
-            return (
-                host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-            )
-
         return cls(
-            tensor(batch.input_ids),
-            tensor(batch.position_ids),
+            on_device(batch.input_ids, device),
+            on_device(batch.position_ids, device),
             batch.borders,
-            tensor(batch.target_positions),
-            tensor(batch.target_ids),
+            on_device(batch.target_positions, device),
+            on_device(batch.target_ids, device),
         )
+
+
+def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A NumPy array as a tensor on `device`; the copy to a GPU goes on beside the host's work."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+class PackedAttention(Protocol):
+    """Causal attention within each document of one batch; every layer of a model calls the same one."""
+
+    longest: int
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+        """Attend: query T H D, key and value T G D; returns T H D."""
 
 
 def packed_attention(
-    query: Tensor,  # T H D
-    key: Tensor,  # T G D
-    value: Tensor,  # T G D
-    borders: Sequence[int],
-    slopes: Tensor | None = None,  # H
-    scale: float | None = None,
-) -> Tensor:
-    """Causal attention within each document; with `slopes`, ALiBi biases by distance within the document.
+    borders: Sequence[int], device: torch.device, slopes: Tensor | None = None
+) -> PackedAttention:
+    """The attention of a batch with these N + 1 document borders, from 0 to T; with `slopes` [H], ALiBi's.
 
-    Returns T H D. `borders` are the N + 1 document borders, from 0 to T.
+    What all layers share (biases, block masks) is made here, once a batch.
     """
-    bias = None
-    if slopes is not None:
-        longest = max(stop - start for start, stop in pairwise(borders))
-        bias = alibi_bias(slopes, longest).to(query.dtype)  # H L L
-    grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    for start, stop in pairwise(borders):
-        length = stop - start
-        attended = F.scaled_dot_product_attention(
-            query[start:stop].transpose(0, 1)[None],  # 1 H L D
-            key[start:stop].transpose(0, 1)[None],
-            value[start:stop].transpose(0, 1)[None],
-            attn_mask=None if bias is None else bias[None, :, :length, :length],
-            is_causal=bias is None,
-            scale=scale,
-            enable_gqa=grouped,
+    return ByBlock(borders, device, slopes) if device.type == "cuda" else ByDocument(borders, slopes)
+
+
+class ByDocument:
+    """Each document alone through `scaled_dot_product_attention`: the way of the CPU."""
+
+    def __init__(self, borders: Sequence[int], slopes: Tensor | None = None) -> None:
+        self.lengths = [stop - start for start, stop in pairwise(borders)]
+        self.longest = max(self.lengths)
+        self.bias = None if slopes is None else alibi_bias(slopes, self.longest)  # H L L
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # its shapes differ from document to document
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+        """Attend: query T H D, key and value T G D; returns T H D."""
+        bias = None if self.bias is None else self.bias.to(query.dtype)
+        # `split`, for its backward pass joins the gradients; that of each slice would fill a whole tensor.
+        queries, keys, values = (
+            torch.split(tensor.transpose(0, 1)[None], self.lengths, 2) for tensor in (query, key, value)
         )
-        outputs.append(attended[0].transpose(0, 1))  # L H D
-    return torch.cat(outputs)
+        outputs = [
+            F.scaled_dot_product_attention(
+                one_query,  # 1 H L D
+                one_key,  # 1 G L D
+                one_value,  # 1 G L D
+                attn_mask=None if bias is None else bias[None, :, :length, :length],
+                is_causal=bias is None,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            for length, one_query, one_key, one_value in zip(self.lengths, queries, keys, values, strict=True)
+        ]
+        return torch.cat([output[0].transpose(0, 1) for output in outputs])
+
+
+class ByBlock:
+    """All documents at once through FlexAttention, which skips blocks of the score matrix: the way of CUDA.
+
+    The block mask is worked out from the borders on the host, so nothing waits for the device.
+    """
+
+    def __init__(
+        self, borders: Sequence[int], device: torch.device, slopes: Tensor | None = None, block: int = 128
+    ) -> None:
+        lengths = np.diff(borders)
+        self.longest = int(lengths.max())
+        document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # T
+        document_of = on_device(document, device)
+
+        def may_see(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (document_of[query] == document_of[key])
+
+        def alibi(score: Tensor, _batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            assert slopes is not None
+            return score + slopes[head] * (key - query)
+
+        partial, partial_indices, full, full_indices = (
+            on_device(array, device) for array in causal_blocks(document, np.asarray(borders), block)
+        )
+        self.mask = BlockMask.from_kv_blocks(
+            partial,
+            partial_indices,
+            full,
+            full_indices,
+            BLOCK_SIZE=block,
+            mask_mod=may_see,
+            seq_lengths=(len(document), len(document)),
+        )
+        self.score_mod = None if slopes is None else alibi
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # FlexAttention is compiled on its own, whether the layers are or not
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+        """Attend: query T H D, key and value T G D; returns T H D."""
+        attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+        out = attend(
+            *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)),  # 1 H T D, twice 1 G T D
+            score_mod=self.score_mod,
+            block_mask=self.mask,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out[0].transpose(0, 1)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def causal_blocks(
+    document: NDArray[np.int32], borders: NDArray[np.int64], block: int
+) -> tuple[NDArray[np.int32], ...]:
+    """Which key blocks each query block must look at: FlexAttention's (counts, indices) of partly and of fully
+    visible blocks, [1, 1, R] and [1, 1, R, R] for R = ⌈T / block⌉.
+
+    A query block sees from the first block of its first token's document up to itself. Blocks before the diagonal
+    are seen fully where the whole span, from the key block's first token to the query block's last, is one document.
+    """
+    first = np.arange(0, len(document), block)  # R
+    last = np.minimum(first + block, len(document)) - 1
+    earliest = borders[document[first]] // block
+    row, column = np.arange(len(first))[:, None], np.arange(len(first))[None, :]
+    seen = (column >= earliest[:, None]) & (column <= row)
+    full = seen & (column < row) & (document[first][None, :] == document[last][:, None])
+
+    def ordered(chosen: NDArray[np.bool_]) -> list[NDArray[np.int32]]:
+        counts = chosen.sum(1, dtype=np.int32)
+        indices = np.argsort(~chosen, axis=1, kind="stable").astype(np.int32)
+        return [counts[None, None], indices[None, None]]
+
+    return (*ordered(seen & ~full), *ordered(full))
 
 
 def alibi_bias(slopes: Tensor, length: int) -> Tensor:
@@ -109,7 +209,7 @@ def alibi_bias(slopes: Tensor, length: int) -> Tensor:
 def register_with_transformers() -> str:
     """Make packed attention an attention implementation of transformers; returns its name.
 
-    The model is called with one row of T tokens and `borders=…`, which transformers hands to every layer.
+    The model is called with one row of T tokens and `packed=…`, which transformers hands to every layer.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -128,20 +228,18 @@ def _transformers_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    borders: Sequence[int] = (),
+    packed: PackedAttention | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
-    longest = max(stop - start for start, stop in pairwise(borders))
-    if sliding_window is not None and longest > sliding_window:
+    assert packed is not None
+    if sliding_window is not None and packed.longest > sliding_window:
         raise ModelError(
-            f"A sample has {longest} tokens and this model attends over a window of {sliding_window}; "
+            f"A sample has {packed.longest} tokens and this model attends over a window of {sliding_window}; "
             f"set data.max_seq_length to {sliding_window} or less."
         )
     if dropout and module.training:
         raise ModelError(
             "Attention dropout is not supported; set attention_dropout to 0 in the model's config.json."
         )
-    out = packed_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), borders, scale=scaling
-    )
+    out = packed(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scaling)
     return out[None], None  # 1 T H D

@@ -32,7 +32,7 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
 def batch_loss(model: CausalModel, batch: PackedInput, bf16: bool = False) -> tuple[Tensor, Tensor]:
     """Loss of one packed batch over its learned tokens: the sum (differentiable) and each one (M), in nats."""
     device = batch.input_ids.device
-    with autocast(device, bf16):
+    with autocast(device, bf16 and model.head.dtype == torch.float32):  # bf16 weights need no casts
         hidden = model.hidden(batch)[batch.target_positions]  # M C
     if bf16:
         hidden = hidden.to(torch.bfloat16)

@@ -33,7 +33,7 @@ _FRAMEWORK_BYTES = {"cpu": 450 << 20, "cuda": 700 << 20}
 """Interpreter and libraries; on CUDA also its context and the workspaces of cuBLAS. Both are estimates."""
 _CACHE_SHARE = {"cpu": 0.0, "cuda": 0.06}
 """What torch's caching allocator holds beyond the tensors: rounding and fragments (an estimate)."""
-_DEPTHS = (2, 4)
+_DEPTHS = (2, 4)  # each so many times as deep as recomputing every n-th layer repeats
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,13 @@ def predict_memory(
 ) -> Memory:
     """The peak over training steps of `batch`, the largest one, and over validation batches of `held_out`."""
     num_layers = depth_of(config)
-    if num_layers <= max(_DEPTHS):
+    every = max(1, train.gradient_checkpointing)
+    depths = (_DEPTHS[0] * every, _DEPTHS[1] * every)
+    if num_layers <= max(depths):
         phases = _walk(config, train, batch, held_out, bf16)
     else:
-        shallow, deeper = (_walk(at_depth(config, depth), train, batch, held_out, bf16) for depth in _DEPTHS)
-        phases = [_extended(one, two, num_layers) for one, two in zip(shallow, deeper, strict=True)]
+        walks = (_walk(at_depth(config, depth), train, batch, held_out, bf16) for depth in depths)
+        phases = [_extended(one, two, depths, num_layers) for one, two in zip(*walks, strict=True)]
     if device_kind == "cuda":
         for phase in phases:
             phase["logits"] = int(phase["logits"] * _more_rows(config["vocab_size"], batch.targets))
@@ -112,9 +114,11 @@ def at_depth(config: dict[str, Any], depth: int) -> dict[str, Any]:
     return small
 
 
-def _extended(shallow: Counter[str], deeper: Counter[str], depth: int) -> Counter[str]:
+def _extended(
+    shallow: Counter[str], deeper: Counter[str], depths: tuple[int, int], depth: int
+) -> Counter[str]:
     """The straight line through two depths, at `depth`."""
-    one, two = _DEPTHS
+    one, two = depths
     return Counter(
         {
             name: max(0, shallow[name] + (deeper[name] - shallow[name]) * (depth - one) // (two - one))
@@ -196,9 +200,11 @@ def _walk(
 
     ledger = _Ledger(config["vocab_size"])
     with FakeTensorMode(), ledger:
-        # Weights are trained in float32, whatever dtype config.json says that they are stored in.
+        # Weights are trained in the dtype that the recipe says, whatever config.json says that they are stored in.
         model = build({name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")})
-        model.gradient_checkpointing = train.gradient_checkpointing
+        if train.weights != "float32":
+            model.to(torch.bfloat16)
+        model.checkpoint_every = train.gradient_checkpointing
         model.train()
         parameters = list(model.parameters())
         optimizer = make_optimizer(parameters, train)

@@ -1,6 +1,6 @@
 """The window: what happened since the last metrics row, summed up without waiting for the device.
 
-Sums of the losses stay on the device, in float64, until a row or a checkpoint is due; what the host knows is counted
+Losses by kind stay on the device, in float64, until a row or a checkpoint is due; what the host knows is summed
 there. An open window goes through a checkpoint as JSON, so a resumed run writes the same rows.
 """
 
@@ -33,9 +33,8 @@ class Window:
 
     def _open(self, stored: dict[str, Any]) -> None:
         zeros = [0] * len(self.data.kind_names)
-        self._loss = torch.tensor(stored.get("loss", 0.0), dtype=torch.float64, device=self.device)
+        self._loss, self._norm = stored.get("loss", 0.0), stored.get("grad_norm", 0.0)
         self._losses = torch.tensor(stored.get("losses", zeros), dtype=torch.float64, device=self.device)  # K
-        self._norm = torch.tensor(stored.get("grad_norm", 0.0), dtype=torch.float64)
         self._targets = np.asarray(stored.get("targets", zeros), np.int64)  # K
         self._tokens, self._slots = stored.get("tokens", 0), stored.get("slots", 0)
         self._seconds = stored.get("seconds", 0.0)
@@ -51,18 +50,18 @@ class Window:
         # Not bincount or index_add: on CUDA the one waits for the device, the other adds in any order.
         self._losses += torch.where(self._kinds == here, losses.detach().double(), 0.0).sum(1)
 
-    def add_step(self, loss: Tensor, norm: Tensor, seconds: float) -> None:
+    def add_step(self, loss: float, norm: float, seconds: float) -> None:
         """Count one finished step: the sum of its losses, its gradient norm, and how long it took."""
-        self._loss += loss.detach()
-        self._norm = norm.detach()
+        self._loss += loss
+        self._norm = norm
         self._seconds += seconds
 
     def state(self) -> dict[str, Any]:
         """The open window as JSON values; on CUDA this waits for the device."""
         return {
-            "loss": float(self._loss),
+            "loss": self._loss,
             "losses": self._losses.tolist(),
-            "grad_norm": float(self._norm),
+            "grad_norm": self._norm,
             "targets": self._targets.tolist(),
             "tokens": self._tokens,
             "slots": self._slots,

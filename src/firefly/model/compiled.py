@@ -1,0 +1,37 @@
+"""torch.compile for the layers of a model, where it works.
+
+Layers are compiled one by one, as they are all alike, and with dynamic shapes, as no two packed batches have the same
+number of tokens. Attention stays outside, so norms, activations, biases and residuals are what gets fused.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from firefly.console import warn
+from firefly.model.families import CausalModel
+
+
+def compile_layers(model: CausalModel, device: torch.device) -> bool:
+    """Compile every layer; where torch.compile does not work on this machine, say so and change nothing."""
+    if (problem := _compiler_problem(device)) is not None:
+        warn(f"torch.compile does not work here ({problem}), so train.compile is ignored.")
+        return False
+    for layer in model.layers:
+        layer.compile(dynamic=True)
+    return True
+
+
+def _compiler_problem(device: torch.device) -> str | None:
+    """What stops torch.compile, found by compiling something small: often a missing C++ compiler or Triton."""
+    try:
+        torch.autograd.backward(
+            torch.compile(_probe, dynamic=True)(torch.ones(8, device=device, requires_grad=True))
+        )
+    except Exception as error:  # whatever it is, training goes on without the compiler
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return None
+
+
+def _probe(values: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(values).sum()

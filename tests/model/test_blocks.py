@@ -1,0 +1,70 @@
+"""Attention over all documents at once equals attention document by document, and its block mask is exact."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from firefly.model.bloom import alibi_slopes
+from firefly.model.packed import ByBlock, ByDocument, causal_blocks
+
+CPU = torch.device("cpu")
+
+
+def inputs(num_tokens: int, heads: int, groups: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(num_tokens, count, 16) for count in (heads, groups, groups)]
+
+
+@pytest.mark.parametrize("groups", [6, 2])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_by_block_equals_by_document(groups: int, alibi: bool) -> None:
+    borders = [0, 5, 6, 70, 71, 130]
+    slopes = alibi_slopes(6) if alibi else None
+    tensors = inputs(130, 6, groups)
+    expected = ByDocument(borders, slopes)(*tensors, 0.3)
+    got = ByBlock(borders, CPU, slopes, block=16)(*tensors, 0.3)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_by_block_sees_no_neighbour() -> None:
+    tensors = inputs(60, 4, 4)
+    attention = ByBlock([0, 21, 60], CPU, alibi_slopes(4), block=16)
+    before = attention(*tensors)
+    changed = [tensor.clone() for tensor in tensors]
+    for tensor in changed:
+        tensor[:21] = 7.0
+    assert torch.equal(attention(*changed)[21:], before[21:])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.sampled_from([4, 16]))
+def test_blocks_are_those_of_the_full_mask(lengths: list[int], block: int) -> None:
+    borders = np.concatenate([[0], np.cumsum(lengths)])
+    document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    place = np.arange(len(document))
+    mask = (document[:, None] == document) & (place[:, None] >= place)
+    edges = [*range(0, len(document), block), len(document)]
+    some, every = (
+        {
+            (row, column)
+            for row, (top, bottom) in enumerate(pairwise(edges))
+            for column, (left, right) in enumerate(pairwise(edges))
+            if reduce(mask[top:bottom, left:right])
+        }
+        for reduce in (np.any, np.all)
+    )
+    parts, partial_indices, fulls, full_indices = (a[0, 0] for a in causal_blocks(document, borders, block))
+
+    def listed(counts: np.ndarray, indices: np.ndarray) -> set[tuple[int, int]]:
+        return {(row, int(column)) for row, n in enumerate(counts) for column in indices[row][:n]}
+
+    partial, full = listed(parts, partial_indices), listed(fulls, full_indices)
+    # A diagonal block of one token is seen fully, and it does no harm to look at its mask.
+    assert partial | full == some and not partial & full
+    assert full == {(row, column) for row, column in every if row != column}
