@@ -1,11 +1,180 @@
-"""What is learned: which tokens of a sample carry the loss.
+"""What is learned, and what the loss is divided by.
 
-`sft` learns the answers, as the chat format marked them; `pretrain` learns every token that has a predecessor.
-Method, objective and parallelism are three independent choices of one loop; a new objective is one row here.
+    sft       the answers, as the chat format marked them       mean over learned tokens
+    pretrain  every token that has a predecessor                mean over learned tokens
+    dpo       to prefer the chosen answer to the rejected one   mean over pairs      Rafailov et al. 2023
+
+Method, objective and parallelism are three independent choices of one loop; a new objective is one class here.
+DPO's reference is the base as training finds it: it is asked once, before the first step, for the log-probability of
+every answer that training will use, so no second model is kept and every method can have it.
 """
 
 from __future__ import annotations
 
-from firefly.recipe import Kind
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
 
-LEARNS_EVERY_TOKEN: dict[Kind, bool] = {"sft": False, "pretrain": True}
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from firefly.console import progress
+from firefly.data.loader import Batch, in_order, make_batch
+from firefly.data.tokens import Tokens
+from firefly.files import partial_name, writing_to
+from firefly.model.families import CausalModel
+from firefly.model.loss import linear_cross_entropy
+from firefly.model.packed import PackedInput
+from firefly.model.score import batch_loss, learned_states, loss_by_kind
+from firefly.recipe import TrainSection
+
+Scores = dict[str, dict[str, float]]
+
+
+class Objective(Protocol):
+    """What the loop asks of an objective."""
+
+    def count(self, batch: Batch) -> int:
+        """How many things the batch's loss is a sum over: learned tokens, or pairs."""
+        ...
+
+    def loss(self, model: CausalModel, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss summed over the batch, differentiable, and other sums over the same things to report."""
+        ...
+
+    def validate(self, model: CausalModel, tokens: Tokens, device: torch.device) -> Scores:
+        """Held-out scores by kind and in `all`; `loss` is one of them."""
+        ...
+
+
+class NextToken:
+    """sft and pretrain: cross-entropy of the learned tokens, in nats."""
+
+    def __init__(self, bf16: bool) -> None:
+        self.bf16 = bf16
+
+    def count(self, batch: Batch) -> int:
+        """Learned tokens."""
+        return len(batch.target_ids)
+
+    def loss(self, model: CausalModel, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum over learned tokens."""
+        return batch_loss(model, PackedInput.of(batch, device), self.bf16)[0], {}
+
+    def validate(self, model: CausalModel, tokens: Tokens, device: torch.device) -> Scores:
+        """`loss` in nats a token and `bits_per_byte` of the learned text.
+
+        Bits per byte do not depend on the vocabulary, so they compare models with different tokenizers.
+        """
+        kinds = [tokens.kind_names[kind] for kind in tokens.kinds]
+        return loss_by_kind(model, in_order(tokens), kinds, tokens.target_bytes.tolist(), device, self.bf16)
+
+
+class Preference:
+    """dpo: −log σ(margin), margin = β · (log-ratio of the chosen answer − that of the rejected one).
+
+    A log-ratio is log p(answer) under the model less that under the reference. `reference` and `held_out` are the
+    reference's log-probabilities of the samples of the two splits [N].
+    """
+
+    def __init__(self, beta: float, reference: Tensor, held_out: Tensor, bf16: bool) -> None:
+        self.beta, self.reference, self.held_out, self.bf16 = beta, reference, held_out, bf16
+
+    def count(self, batch: Batch) -> int:
+        """Pairs."""
+        return len(batch.sample_ids) // 2
+
+    def loss(self, model: CausalModel, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum over pairs, and sums of `reward_accuracy` and `reward_margin`.
+
+        Its gradient is that of the answers' cross-entropy with the factor β · σ(−margin) for the chosen and the
+        opposite for the rejected one. So the head runs twice, and the logits are never there all at once.
+        """
+        packed = PackedInput.of(batch, device)
+        states = learned_states(model, packed, self.bf16)
+        with torch.no_grad():
+            _, each = linear_cross_entropy(states, model.head, packed.target_ids)
+            margins = self._margins(_sample_log_probs(batch, each), batch.sample_ids, self.reference)
+            pull = self.beta * torch.sigmoid(-margins)  # one a pair
+            weights = torch.stack([pull, -pull], dim=1).flatten()  # one a sample
+            weights = weights[torch.from_numpy(batch.target_samples).to(device)]
+            value = F.softplus(-margins).sum()
+        slope, _ = linear_cross_entropy(states, model.head, packed.target_ids, weights)
+        return slope + (value - slope.detach()), _rewards(margins)
+
+    @torch.no_grad()
+    def validate(self, model: CausalModel, tokens: Tokens, device: torch.device) -> Scores:
+        """`loss`, `reward_accuracy` and `reward_margin` of the held-out pairs."""
+        was_training = model.training
+        model.eval()
+        kinds = [tokens.kind_names[kind] for kind in tokens.kinds]
+        rows: dict[str, list[list[float]]] = {}
+        for batch in in_order(tokens, pairs=True):
+            log_probs = _log_probs(model, batch, device, self.bf16)
+            margins = self._margins(log_probs, batch.sample_ids, self.held_out)
+            for number, margin in zip(batch.sample_ids[::2], margins, strict=True):
+                row = [float(F.softplus(-margin)), float(margin > 0), float(margin)]
+                for name in (kinds[number], "all"):
+                    rows.setdefault(name, []).append(row)
+        model.train(was_training)
+        names = ("loss", "reward_accuracy", "reward_margin")
+        return {
+            kind: dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
+            for kind, found in sorted(rows.items())
+        }
+
+    def _margins(self, log_probs: Tensor, sample_ids: list[int], reference: Tensor) -> Tensor:
+        """Log-probabilities of chosen and rejected answers in turn [2P] → margins [P]."""
+        ratios = log_probs - reference[sample_ids].to(log_probs.device)
+        return self.beta * (ratios[0::2] - ratios[1::2])
+
+
+def _rewards(margins: Tensor) -> dict[str, Tensor]:
+    return {"reward_accuracy": (margins > 0).float().sum(), "reward_margin": margins.sum()}
+
+
+def _sample_log_probs(batch: Batch, each: Tensor) -> Tensor:
+    """Losses of the learned tokens [M] → log-probability of each sample's learned text [N]."""
+    samples = torch.from_numpy(batch.target_samples).to(each.device)
+    return torch.zeros(len(batch.sample_ids), device=each.device).index_add_(0, samples, -each)
+
+
+def _log_probs(model: CausalModel, batch: Batch, device: torch.device, bf16: bool) -> Tensor:
+    return _sample_log_probs(batch, batch_loss(model, PackedInput.of(batch, device), bf16)[1])
+
+
+def make_objective(
+    section: TrainSection,
+    model: CausalModel,
+    data: Tokens,
+    sample_ids: Iterable[int],
+    held_out: Tokens,
+    bf16: bool,
+    device: torch.device,
+    cache: Path,
+    fingerprint: str,
+) -> Objective:
+    """The objective of a recipe; `model` must still be the untrained base.
+
+    For dpo the reference's log-probabilities of `sample_ids` are made, or read from `cache` when they belong to the
+    same `fingerprint`.
+    """
+    if section.objective != "dpo":
+        return NextToken(bf16)
+    reference = _read_reference(cache, fingerprint)
+    if reference is None:
+        used = make_batches(data, sorted(set(sample_ids)))
+        reference = {
+            "train": _reference(model, used, len(data), device, bf16),
+            "validation": _reference(model, in_order(held_out, pairs=True), len(held_out), device, bf16),
+        }
+        _write_reference(cache, reference, fingerprint)
+    return Preference(section.dpo_beta, reference["train"], reference["validation"], bf16)
+
+
+def make_batches(tokens: Tokens, sample_ids: list[int], size: int = 32) -> list[list[int]]:
+    raise NotImplementedError
