@@ -51,7 +51,7 @@ def test_all_mistakes_at_once_with_cures() -> None:
     for part in (
         "train.learning_rat = 1: unknown key; did you mean 'learning_rate'?",
         "train.warmup_steps = -1: must be ≥ 0",
-        "train.objective = 'stf': allowed: 'sft', 'pretrain'; did you mean 'sft'?",
+        "train.objective = 'stf': allowed: 'sft', 'pretrain', 'dpo'; did you mean 'sft'?",
         "train.max_grad_norm = 'much': should be a valid number",
         "data.sources.0.taks = 'Couplet': unknown key; did you mean 'task'?",
         "trian = {}: unknown key; did you mean 'train'?",

@@ -14,7 +14,7 @@ tensors of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,13 +140,17 @@ def make_batch(tokens: Tokens, sample_ids: Sequence[int], learn_everything: bool
     return pack([(sample.ids, mask) for sample, mask in zip(samples, masks, strict=True)], sample_ids)
 
 
-def in_order(tokens: Tokens, max_tokens: int = 8192, pairs: bool = False) -> Iterator[Batch]:
-    """Every sample once, in order, in batches of at most about `max_tokens` tokens."""
+def in_order(
+    tokens: Tokens, max_tokens: int = 8192, pairs: bool = False, among: Container[int] | None = None
+) -> Iterator[Batch]:
+    """Every sample once (or those `among` some), in order, in batches of at most about `max_tokens` tokens."""
     group: list[int] = []
     size = 0
     samples = _samples(tokens, pairs)
     lengths = np.diff(tokens.borders)[samples].sum(axis=1)
     for numbers, length in zip(samples.tolist(), lengths.tolist(), strict=True):
+        if among is not None and numbers[0] not in among:
+            continue
         if group and size + length > max_tokens:
             yield make_batch(tokens, group)
             group, size = [], 0

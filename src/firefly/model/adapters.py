@@ -11,7 +11,7 @@ the plain transformers model, and the other way round. Needs the extra `lora`; q
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,14 +25,20 @@ from torch import Tensor, nn
 from firefly.errors import ModelError, ProofError, RecipeError, choices
 from firefly.files import directory_atomic, require_disk, write_json
 from firefly.model.families import CausalModel, transformers_model
-from firefly.model.load import load_model, read_config, save_model, stored_dtype
+from firefly.model.load import load_model, save_model, stored_dtype
 from firefly.model.packed import PackedInput
 from firefly.recipe import Method, TrainSection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every name in peft's files
 _TOLERANCE = 1e-4  # of a merge in float32, relative to the largest logit
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that alter the base's weights
+_CHANGES_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # initialisations that alter the base's weights
 
 
 @dataclass(frozen=True)
@@ -108,20 +114,26 @@ def attach(model: CausalModel, section: TrainSection, base: Path) -> None:
             parameter.data = parameter.data.float()  # whatever the base is stored in
 
 
-def save_adapter(model: CausalModel, out: Path) -> None:
-    """Write the adapter in peft's layout, atomically."""
+def save_adapter(
+    model: CausalModel, out: Path, chat_template: str | None = None, stop_ids: Sequence[int] = ()
+) -> None:
+    """Write the adapter in peft's layout, atomically, with the chat template and stop tokens it was trained with."""
     inner = transformers_model(model)
     state = {
         _PREFIX + name: tensor.detach().float().cpu().contiguous()
         for name, tensor in _peft().get_peft_model_state_dict(inner, save_embedding_layers=False).items()
     }
-    config = inner.peft_config["default"].to_dict()  # type: ignore[union-attr, operator, index]
+    config = inner.peft_config["default"].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     require_disk(out, sum(tensor.numel() * 4 for tensor in state.values()) + (1 << 20))
     with directory_atomic(out) as place:
         save_file(state, place / WEIGHTS, metadata={"format": "pt"})
         (place / WEIGHTS).chmod(0o644)
         write_json(place / CONFIG, config | {"inference_mode": True})
+        if chat_template is not None:
+            (place / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        if stop_ids:
+            write_json(place / "generation_config.json", {"eos_token_id": list(stop_ids)})
 
 
 def adapter_base(directory: Path) -> str:
@@ -153,7 +165,9 @@ def load_adapter(model: CausalModel, directory: Path) -> None:
                 f"{path}: {name} is no LoRA factor of a linear layer below the head of this model; "
                 "only such adapters can be merged."
             )
-    if settings.get("peft_type") != "LORA" or str(settings.get("init_lora_weights")).startswith(_CHANGES_BASE):
+    if settings.get("peft_type") != "LORA" or str(settings.get("init_lora_weights")).startswith(
+        _CHANGES_BASE
+    ):
         raise ModelError(
             f"{directory} is a {settings.get('peft_type')} adapter (init_lora_weights = "
             f"{settings.get('init_lora_weights')}); only LoRA and DoRA adapters that leave the base as it is can be "
@@ -164,7 +178,9 @@ def load_adapter(model: CausalModel, directory: Path) -> None:
         peft.inject_adapter_in_model(peft.LoraConfig(**settings), inner)
         fitted = peft.set_peft_model_state_dict(inner, state)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{directory} does not fit this base model ({error}); name its own with --base.") from error
+        raise ModelError(
+            f"{directory} does not fit this base model ({error}); name its own with --base."
+        ) from error
     lost = [name for name in fitted.missing_keys if "lora_" in name] + list(fitted.unexpected_keys)
     if lost:
         raise ModelError(f"{directory} does not fit this base model ({lost[0]}); name its own with --base.")
@@ -176,9 +192,9 @@ def fold(model: CausalModel) -> int:
     inner = transformers_model(model)
     layers = [(name, module) for name, module in inner.named_modules() if hasattr(module, "get_delta_weight")]
     for name, module in layers:
-        module.merge(safe_merge=True)  # type: ignore[operator]
+        module.merge(safe_merge=True)
         parent, _, leaf = name.rpartition(".")
-        setattr(inner.get_submodule(parent), leaf, module.get_base_layer())  # type: ignore[operator]
+        setattr(inner.get_submodule(parent), leaf, module.get_base_layer())
     return len(layers)
 
 
@@ -199,12 +215,16 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeResult:
     merged = _logits(model, probe)
     largest, difference = float(before.abs().max()), float((merged - before).abs().max())
     if not difference <= _TOLERANCE * largest:
-        raise _not_the_same(f"folding the adapter in moved a logit by {difference:.2g} (largest: {largest:.2g})")
+        raise _not_the_same(
+            f"folding the adapter in moved a logit by {difference:.2g} (largest: {largest:.2g})"
+        )
     with torch.no_grad():
         for parameter in transformers_model(model).parameters():
             parameter.copy_(parameter.to(dtype))
     rounded = _logits(model, probe)
-    template = next((path for place in (adapter, base) if (path := place / "chat_template.jinja").is_file()), None)
+    template = next(
+        (path for place in (adapter, base) if (path := place / "chat_template.jinja").is_file()), None
+    )
     stop_ids = _stop_ids(adapter)
     with directory_atomic(out) as place:
         save_model(model, base, place, template.read_text("utf-8") if template else None, dtype, stop_ids)
@@ -220,13 +240,6 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeResult:
         merge_difference=difference,
         rounding_difference=float((rounded - merged).abs().max()),
     )
-
-
-def add_companions(adapter: Path, model_dir: Path) -> None:
-    """Put the chat template and stop tokens of `model_dir` beside an adapter, where peft's users look for them."""
-    for name in ("chat_template.jinja", "generation_config.json"):
-        if (model_dir / name).is_file():
-            shutil.copyfile(model_dir / name, adapter / name)
 
 
 def _not_the_same(what: str) -> ProofError:

@@ -17,26 +17,33 @@ CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Memory for one chunk's float32 logits: on the CPU about what its cache holds (measured fastest there)."""
 
 
-def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of softmax(hidden · headᵀ) against `targets`.
 
     Args:
         hidden: M C, float32 or bf16; matrix products run in its dtype.
         head: V C.
         targets: M, token ids.
+        weights: M, a factor for each position's loss in the sum; None: 1.
 
     Returns:
         The sum over all positions (float32 scalar, differentiable in hidden and head), and the loss of each
         position (M, float32, detached), in nats.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
-        total, each = _LinearCrossEntropy.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+        total, each = _LinearCrossEntropy.apply(hidden, head, targets, weights)  # type: ignore[no-untyped-call]
         return total, each.detach()
     weight = head.to(hidden.dtype)
     each = torch.cat(
         [_chunk_losses(rows @ weight.T, ids)[0] for rows, ids in _chunks(hidden, targets, len(head))]
     )
-    return each.sum(), each
+    return _weighted_sum(each, weights), each
+
+
+def _weighted_sum(each: Tensor, weights: Tensor | None) -> Tensor:
+    return each.sum() if weights is None else (each * weights).sum()
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -58,27 +65,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Makes the gradients in the forward pass, while the chunk's logits are there; backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         weight = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        # A frozen head, under adapters, needs none: it would be the largest tensor of the step.
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         losses, done = [], 0
         for rows, ids in _chunks(hidden, targets, len(head)):
             each, gradient = _chunk_losses(rows @ weight.T, ids)
             losses.append(each)
             gradient[torch.arange(len(ids), device=ids.device), ids] -= 1.0
+            if weights is not None:
+                gradient *= weights[done : done + len(ids), None]
             gradient = gradient.to(hidden.dtype)  # m V
             torch.mm(gradient, weight, out=grad_hidden[done : done + len(ids)])
-            grad_head += gradient.T @ rows
+            if grad_head is not None:
+                grad_head += gradient.T @ rows
             done += len(ids)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
         each = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
         ctx.mark_non_differentiable(each)
-        return each.sum(), each
+        return _weighted_sum(each, weights), each
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         scale = gradients[0]
-        return (grad_hidden * scale).to(grad_hidden.dtype), (grad_head * scale).to(ctx.head_dtype), None
+        to_head = None if grad_head is None else (grad_head * scale).to(ctx.head_dtype)
+        return (grad_hidden * scale).to(grad_hidden.dtype), to_head, None, None

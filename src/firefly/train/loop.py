@@ -26,20 +26,19 @@ from torch import Tensor
 
 from firefly.console import progress, say, warn
 from firefly.data.chatformat import open_format
-from firefly.data.loader import Batch, TrainingStream, in_order
+from firefly.data.loader import Batch, TrainingStream
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import Tokens
 from firefly.errors import CheckpointError, DiskFullError, Interrupted, ModelError, TrainingError
 from firefly.files import sha256_file, sha256_json, write_atomic, write_json
+from firefly.model.adapters import load_for_training, merge_adapter, save_adapter
 from firefly.model.families import CausalModel, transformers_model
-from firefly.model.load import load_model, num_parameters, save_model, stored_dtype
-from firefly.model.packed import PackedInput
-from firefly.model.score import batch_loss, loss_by_kind
+from firefly.model.load import num_parameters, save_model, stored_dtype
 from firefly.model.shards import weight_files
 from firefly.recipe import Recipe, TrainSection
 from firefly.train.checkpoint import TrainState, load_checkpoint, newest_sound, save_checkpoint
 from firefly.train.curves import Metrics
-from firefly.train.objectives import LEARNS_EVERY_TOKEN
+from firefly.train.objectives import Objective, make_objective
 from firefly.train.optim import learning_rate_at, make_optimizer
 
 HARMLESS = frozenset(
@@ -72,7 +71,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     section = recipe.train
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
-    torch.manual_seed(section.seed)
+    torch.manual_seed(section.seed)  # adapters begin with random numbers, and dropout draws them
 
     tokenizer = ModelTokenizer.load(model_dir)
     data = Tokens.open(tokens_dir, "train", tokenizer.sha256)
@@ -82,8 +81,9 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
         data,
         section.per_device_train_batch_size,
         section.seed,
-        LEARNS_EVERY_TOKEN[section.objective],
+        section.objective == "pretrain",
         recipe.data.pack_length,
+        pairs=section.objective == "dpo",
     )
     if recipe.data.pack_length is not None:
         say(f"train: {stream.num_units:,} rows an epoch, {stream.efficiency:.2%} of their slots real tokens")
@@ -94,17 +94,28 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
             "the learning rate never reaches its peak; lower warmup_steps"
         )
 
-    model = load_model(model_dir, device)
+    model = load_for_training(model_dir, section, device, bf16)
     if len(model.head) <= tokenizer.highest_id:
         raise ModelError(
             f"{model_dir} has {len(model.head)} embedding rows and its tokenizer the id {tokenizer.highest_id}; "
             "they are not of one model."
         )
     model.gradient_checkpointing = section.gradient_checkpointing
-    names = dict(transformers_model(model).named_parameters())  # a tied matrix once
+    every = transformers_model(model).named_parameters()  # a tied matrix once
+    names = {name: parameter for name, parameter in every if parameter.requires_grad}
+    num_learning = sum(parameter.numel() for parameter in names.values())
+    if section.method != "full":
+        say(
+            f"train: {section.method} adapters, {num_learning:,} of {num_parameters(model):,} parameters learn"
+        )
     optimizer = make_optimizer(names.values(), section)
 
     fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps, recipe.data.pack_length)
+    num_batches = total_steps * section.gradient_accumulation_steps
+    cache = run / "reference.safetensors"
+    objective = make_objective(
+        section, model, stream, num_batches, held_out, cache, fingerprint, device, bf16
+    )
     state = _start_or_resume(recipe, run, names, optimizer, fingerprint, device)
     resumed_s, resumed_tokens, elapsed_before_s = time.monotonic(), state.trained_tokens, state.elapsed_s
     next_save = _next_save(state.step, section.save_steps)
@@ -116,7 +127,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
         while state.step < total_steps:
             rate = learning_rate_at(state.step, total_steps, section)
             batches = _micro_batches(stream, state.step, section.gradient_accumulation_steps)
-            loss_sum, norm = _backward(model, optimizer, batches, device, bf16, section.max_grad_norm, data)
+            sums, norm = _backward(model, optimizer, objective, batches, device, section.max_grad_norm, data)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
@@ -125,7 +136,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
             state.trained_tokens += sum(len(batch.input_ids) for batch in batches)
             state.elapsed_s = elapsed_before_s + time.monotonic() - resumed_s
 
-            _count(state.window, loss_sum, norm, batches)
+            _count(state.window, sums, norm, batches, objective)
             if state.step % section.logging_steps == 0 or state.step == total_steps:
                 row = _close_window(state, rate)
                 speed = (state.trained_tokens - resumed_tokens) / (time.monotonic() - resumed_s)
@@ -136,7 +147,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
             bar.advance(1, note)
             last = state.step == total_steps
             if last or (section.eval_steps and state.step % section.eval_steps == 0):
-                metrics.write({"step": state.step, "validation": validate(model, held_out, device, bf16)})
+                metrics.write({"step": state.step, "validation": objective.validate(model, held_out, device)})
             if last or stop.asked or state.step >= next_save:
                 next_save = _next_save(state.step, section.save_steps)
                 try:
@@ -153,7 +164,14 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
                     )
 
     export_dtype = stored_dtype(model_dir)
-    save_model(model, model_dir, out, chat_format.template, export_dtype, chat_format.stop_ids)
+    if section.method == "full":
+        save_model(model, model_dir, out, chat_format.template, export_dtype, chat_format.stop_ids)
+    else:
+        adapter = out.with_name("adapter")
+        save_adapter(model, adapter, chat_format.template, chat_format.stop_ids)
+        optimizer.state.clear()
+        model.to("cpu")
+        merge_adapter(model_dir, adapter, out)
     rows = metrics.rows()
     losses = [row["loss"] for row in rows if "loss" in row]
     return TrainResult(
@@ -198,45 +216,35 @@ def _start_or_resume(
     return state
 
 
-def validate(
-    model: CausalModel, tokens: Tokens, device: torch.device, bf16: bool = False
-) -> dict[str, dict[str, float]]:
-    """Held-out loss per task and in `all`: `loss` in nats a token, and `bits_per_byte` of the learned text.
-
-    Bits per byte do not depend on the vocabulary, so they compare models with different tokenizers.
-    """
-    kinds = [tokens.kind_names[kind] for kind in tokens.kinds]
-    return loss_by_kind(model, in_order(tokens), kinds, tokens.target_bytes.tolist(), device, bf16)
-
-
 def _backward(
     model: CausalModel,
     optimizer: torch.optim.Optimizer,
+    objective: Objective,
     batches: list[Batch],
     device: torch.device,
-    bf16: bool,
     max_norm: float,
     data: Tokens,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of one step, clipped; returns the loss sum and the gradient norm before clipping."""
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients of one step, clipped; returns `loss` and the objective's other sums, and the norm before clipping."""
     model.train()
-    num_targets = sum(len(batch.target_ids) for batch in batches)
-    if num_targets == 0:
+    if sum(len(batch.target_ids) for batch in batches) == 0:
         raise TrainingError(f"{_samples(batches, data)}: no token to learn in this batch; check the dataset.")
-    total = torch.zeros((), device=device)
+    count = sum(objective.count(batch) for batch in batches)
+    sums: dict[str, Tensor] = {}
     for batch in batches:
-        loss, _ = batch_loss(model, PackedInput.of(batch, device), bf16)
-        torch.autograd.backward(loss / num_targets)
-        total += loss.detach()
+        loss, others = objective.loss(model, batch, device)
+        torch.autograd.backward(loss / count)
+        for name, value in ({"loss": loss} | others).items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    if not bool(torch.isfinite(total + norm)):
+    if not bool(torch.isfinite(sums["loss"] + norm)):
         raise TrainingError(
-            f"The loss is {float(total) / num_targets} and the gradient norm {float(norm)}; stopped before the update. "
-            f"{_samples(batches, data)}. Look at these samples, lower train.learning_rate, "
+            f"The loss is {float(sums['loss']) / count} and the gradient norm {float(norm)}; stopped before the "
+            f"update. {_samples(batches, data)}. Look at these samples, lower train.learning_rate, "
             "or use precision = 'float32'; then run again to go on from the last checkpoint."
         )
-    return total, norm
+    return sums, norm
 
 
 def _samples(batches: list[Batch], data: Tokens) -> str:
@@ -270,8 +278,17 @@ def _fingerprint(
     return sha256_json([options, total_steps, pack_length, weights, sha256_file(tokens_dir / "index.json")])
 
 
-def _count(window: dict[str, Any], loss_sum: Tensor, norm: Tensor, batches: list[Batch]) -> None:
-    window["loss_sum"] = window.get("loss_sum", 0.0) + float(loss_sum)
+def _count(
+    window: dict[str, Any],
+    sums: dict[str, Tensor],
+    norm: Tensor,
+    batches: list[Batch],
+    objective: Objective,
+) -> None:
+    totals = window.setdefault("sums", {})
+    for name, value in sums.items():
+        totals[name] = totals.get(name, 0.0) + float(value)
+    window["count"] = window.get("count", 0) + sum(objective.count(batch) for batch in batches)
     window["num_targets"] = window.get("num_targets", 0) + sum(len(batch.target_ids) for batch in batches)
     window["num_tokens"] = window.get("num_tokens", 0) + sum(len(batch.input_ids) for batch in batches)
     window["grad_norm"] = float(norm)
@@ -282,7 +299,7 @@ def _close_window(state: TrainState, rate: float) -> dict[str, Any]:
     window, state.window = state.window, {}
     return {
         "step": state.step,
-        "loss": window["loss_sum"] / window["num_targets"],
+        **{name: total / window["count"] for name, total in window["sums"].items()},
         "grad_norm": window["grad_norm"],
         "learning_rate": rate,
         "target_tokens": window["num_targets"],

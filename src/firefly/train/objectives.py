@@ -11,21 +11,20 @@ every answer that training will use, so no second model is kept and every method
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
 from firefly.console import progress
-from firefly.data.loader import Batch, in_order, make_batch
+from firefly.data.loader import Batch, TrainingStream, in_order
 from firefly.data.tokens import Tokens
-from firefly.files import partial_name, writing_to
+from firefly.files import write_atomic
 from firefly.model.families import CausalModel
 from firefly.model.loss import linear_cross_entropy
 from firefly.model.packed import PackedInput
@@ -42,7 +41,9 @@ class Objective(Protocol):
         """How many things the batch's loss is a sum over: learned tokens, or pairs."""
         ...
 
-    def loss(self, model: CausalModel, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: CausalModel, batch: Batch, device: torch.device
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over the batch, differentiable, and other sums over the same things to report."""
         ...
 
@@ -61,7 +62,9 @@ class NextToken:
         """Learned tokens."""
         return len(batch.target_ids)
 
-    def loss(self, model: CausalModel, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: CausalModel, batch: Batch, device: torch.device
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over learned tokens."""
         return batch_loss(model, PackedInput.of(batch, device), self.bf16)[0], {}
 
@@ -88,7 +91,9 @@ class Preference:
         """Pairs."""
         return len(batch.sample_ids) // 2
 
-    def loss(self, model: CausalModel, batch: Batch, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: CausalModel, batch: Batch, device: torch.device
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over pairs, and sums of `reward_accuracy` and `reward_margin`.
 
         Its gradient is that of the answers' cross-entropy with the factor β · σ(−margin) for the chosen and the
@@ -150,31 +155,44 @@ def _log_probs(model: CausalModel, batch: Batch, device: torch.device, bf16: boo
 def make_objective(
     section: TrainSection,
     model: CausalModel,
-    data: Tokens,
-    sample_ids: Iterable[int],
+    stream: TrainingStream,
+    num_batches: int,
     held_out: Tokens,
-    bf16: bool,
-    device: torch.device,
     cache: Path,
     fingerprint: str,
+    device: torch.device,
+    bf16: bool,
 ) -> Objective:
     """The objective of a recipe; `model` must still be the untrained base.
 
-    For dpo the reference's log-probabilities of `sample_ids` are made, or read from `cache` when they belong to the
-    same `fingerprint`.
+    For dpo the reference is asked about the first `num_batches` of `stream` and all of `held_out`. Its answers are kept
+    in the file `cache`, for a run that goes on: reading them must give the very bits.
     """
     if section.objective != "dpo":
         return NextToken(bf16)
-    reference = _read_reference(cache, fingerprint)
-    if reference is None:
-        used = make_batches(data, sorted(set(sample_ids)))
-        reference = {
-            "train": _reference(model, used, len(data), device, bf16),
-            "validation": _reference(model, in_order(held_out, pairs=True), len(held_out), device, bf16),
-        }
-        _write_reference(cache, reference, fingerprint)
-    return Preference(section.dpo_beta, reference["train"], reference["validation"], bf16)
+    found = _read_reference(cache, fingerprint)
+    if found is None:
+        used = {one for number in range(num_batches) for one in stream.sample_ids(number)}
+        found = {}
+        for name, tokens, among in (("train", stream.tokens, used), ("validation", held_out, None)):
+            found[name] = torch.zeros(len(tokens))
+            with progress(f"reference {name}", len(among or tokens), "answers") as bar:
+                for batch in in_order(tokens, pairs=True, among=among):
+                    model.eval()
+                    with torch.no_grad():
+                        found[name][batch.sample_ids] = _log_probs(model, batch, device, bf16).cpu()
+                    bar.advance(len(batch.sample_ids))
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache, save(found, metadata={"fingerprint": fingerprint}))
+    return Preference(section.dpo_beta, found["train"], found["validation"], bf16)
 
 
-def make_batches(tokens: Tokens, sample_ids: list[int], size: int = 32) -> list[list[int]]:
-    raise NotImplementedError
+def _read_reference(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:
+    """What `cache` holds, if it is sound and belongs to this run."""
+    try:
+        with safe_open(cache, framework="pt") as stored:
+            if (stored.metadata() or {}).get("fingerprint") == fingerprint:
+                return {name: stored.get_tensor(name) for name in ("train", "validation")}
+    except (SafetensorError, OSError):
+        pass
+    return None
