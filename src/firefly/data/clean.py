@@ -107,6 +107,7 @@ def html_remains(example: Example, options: CleanSection) -> str | None:
 
 def _has_html(example: Example) -> bool:
     texts = [message.content for message in example.messages]
+    texts += [example.rejected] if example.rejected else []
     if not any(
         ("<" in text and _TAG.search(text)) or ("&" in text and _ENTITY.search(text)) for text in texts
     ):
