@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,11 @@ def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:
         "utf-8",
     )
     assert [source.path for source in Recipe.load(path).data.sources] == [str(tmp_path / "a.jsonl"), "b"]
+
+
+def test_defaults_read_back_as_the_same_json() -> None:
+    """A default of 32 for a float reads back as 32.0; a run's fingerprint would then change on going on."""
+    train = TrainSection()
+    assert json.dumps(TrainSection.model_validate(train.model_dump()).model_dump()) == json.dumps(
+        train.model_dump()
+    )

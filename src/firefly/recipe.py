@@ -240,7 +240,7 @@ class TrainSection(Section):
     report_to: list[Literal["tensorboard"]] = Field(default=["tensorboard"])
     lora_rank: Annotated[int, Field(ge=1)] = Field(default=16, description="rank of an adapter's update")
     lora_alpha: Annotated[float, Field(gt=0)] = Field(
-        default=32, description="an adapter's update is scaled by lora_alpha / lora_rank"
+        default=32.0, description="an adapter's update is scaled by lora_alpha / lora_rank"
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="dropout on what an adapter reads, token by token"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -123,7 +123,7 @@ def save_adapter(
         _PREFIX + name: tensor.detach().float().cpu().contiguous()
         for name, tensor in _peft().get_peft_model_state_dict(inner, save_embedding_layers=False).items()
     }
-    config = inner.peft_config["default"].to_dict()
+    config = cast(Any, inner).peft_config["default"].to_dict()
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     require_disk(out, sum(tensor.numel() * 4 for tensor in state.values()) + (1 << 20))
     with directory_atomic(out) as place:
