@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def test_all_mistakes_at_once_with_cures() -> None:
     for part in (
         "train.learning_rat = 1: unknown key; did you mean 'learning_rate'?",
         "train.warmup_steps = -1: must be ≥ 0",
-        "train.objective = 'stf': allowed: 'sft', 'pretrain'; did you mean 'sft'?",
+        "train.objective = 'stf': allowed: 'sft', 'pretrain', 'dpo'; did you mean 'sft'?",
         "train.max_grad_norm = 'much': should be a valid number",
         "data.sources.0.taks = 'Couplet': unknown key; did you mean 'task'?",
         "trian = {}: unknown key; did you mean 'train'?",
@@ -128,3 +129,11 @@ def test_paths_start_at_the_recipes_folder(tmp_path: Path) -> None:
         "utf-8",
     )
     assert [source.path for source in Recipe.load(path).data.sources] == [str(tmp_path / "a.jsonl"), "b"]
+
+
+def test_defaults_read_back_as_the_same_json() -> None:
+    """A default of 32 for a float reads back as 32.0; a run's fingerprint would then change on going on."""
+    train = TrainSection()
+    assert json.dumps(TrainSection.model_validate(train.model_dump()).model_dump()) == json.dumps(
+        train.model_dump()
+    )

@@ -129,3 +129,14 @@ def recipe_table(folder: Path, base: Path, source: Path, **train: Any) -> dict[s
         "evaluate": {"generations_per_kind": 2},
         "generation": {"max_new_tokens": 8},
     }
+
+
+def write_preferences(path: Path, count: int = 60, seed: int = 2) -> Path:
+    """A JSON Lines file of preferences of two kinds."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        row = {"kind": ("Couplet", "Dictionary")[number % 2], "input": f"{number}：{phrases(rng)}"}
+        rows.append(row | {"chosen": phrases(rng, 5), "rejected": f"{phrases(rng, 4)}。{number}"})
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path

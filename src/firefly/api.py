@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the functions import what they need, so that `firefly --hel
     from firefly.data.peek import PeekedSample
     from firefly.data.survey import StatsResult
     from firefly.evaluate.rhyme import Book
+    from firefly.model.adapters import MergeResult
     from firefly.prune.layout import SizeTable
     from firefly.prune.prune import PruneResult
     from firefly.prune.remap import RemapResult
@@ -45,6 +46,7 @@ __all__ = [
     "data_stats",
     "demo",
     "evaluate",
+    "merge",
     "plan",
     "prune",
     "prune_remap",
@@ -280,6 +282,16 @@ def evaluate(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:
     if not (made.out / "model").is_dir():
         raise ModelError(f"{made.out} has no trained model yet; run `firefly train` with this recipe first.")
     return run_stages(made)
+
+
+def merge(run_or_adapter: str | Path, output: str | Path, *, base: str | Path | None = None) -> MergeResult:
+    """Fold an adapter, or that of a run, into its base: a plain model directory, its logits compared before and after.
+
+    `base` is the base model, where it is not the one that the adapter names.
+    """
+    from firefly.app.merge import merge as fold_in
+
+    return fold_in(Path(run_or_adapter), Path(output), str(base) if base else None)
 
 
 def chat(

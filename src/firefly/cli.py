@@ -503,6 +503,38 @@ def evaluate(
     _show(api.evaluate(recipe, overrides or []), as_json, _score_lines)
 
 
+def _merge_lines(result: Any) -> list[str]:
+    return [
+        f"{result.output}: {result.merged_layers} adapted layers folded into {result.base}, stored as {result.dtype}",
+        f"logits, of {result.largest_logit:.3g} at most, moved by {result.merge_difference:.2g} in merging and "
+        f"{result.rounding_difference:.2g} in storing",
+    ]
+
+
+@app.command(
+    epilog=_examples(
+        "firefly merge out/firefly-1b4-lora out/merged",
+        "firefly merge my/lora-adapter out/merged --base bigscience/bloom-560m",
+    )
+)
+@_keeps_what_is_done
+def merge(
+    run_or_adapter: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|ADAPTER", help="A run that trained an adapter, or an adapter of peft's."),
+    ],
+    output: Annotated[Path, typer.Argument(help="The model directory to write.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base model, if not the one that the adapter names.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fold an adapter into its base model: a plain model directory, its logits compared before and after."""
+    console.quiet(quiet)
+    _show(api.merge(run_or_adapter, output, base=base), as_json, _merge_lines)
+
+
 @app.command(
     epilog=_examples(
         "firefly chat out/demo",

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from firefly.errors import RecipeError
 
-Kind = Literal["sft", "pretrain"]
+Kind = Literal["sft", "pretrain", "dpo"]
+Method = Literal["full", "lora", "dora", "qlora"]
 
 
 class Section(BaseModel):
@@ -184,8 +185,16 @@ class DataSection(Section):
 class TrainSection(Section):
     """How it is trained. A batch counts samples, so packing changes the layout and never the mathematics."""
 
-    objective: Kind = Field(default="sft", description="sft: loss on targets alone; pretrain: on every token")
-    method: Literal["full"] = Field(default="full", description="full: every parameter learns")
+    objective: Kind = Field(
+        default="sft",
+        description="sft: loss on targets alone; pretrain: on every token; dpo: prefer the chosen answer of a pair to "
+        "the rejected one (a batch counts pairs)",
+    )
+    method: Method = Field(
+        default="full",
+        description="full: every parameter learns; lora, dora: adapters on a frozen base; qlora: the same on a base in "
+        "4 bits (NF4, CUDA only)",
+    )
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = Field(default=16, description="samples a step")
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(
         default=1, description="micro-batches added up before an optimizer step"
@@ -247,10 +256,26 @@ class TrainSection(Section):
         description="how weights are kept: bf16 halves them and their gradients; updates are rounded "
         "stochastically, or exactly with Kahan's compensation (2 more bytes)",
     )
+    lora_rank: Annotated[int, Field(ge=1)] = Field(default=16, description="rank of an adapter's update")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(
+        default=32.0, description="an adapter's update is scaled by lora_alpha / lora_rank"
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="dropout on what an adapter reads, token by token"
+    )
+    lora_target_modules: list[str] = Field(
+        default=[],
+        description="linear layers that get an adapter, by the end of their names; empty: all but the head",
+    )
+    dpo_beta: Annotated[float, Field(gt=0)] = Field(
+        default=0.1, description="how strongly dpo holds the model to its base: higher is closer"
+    )
 
     @field_validator("weights")
     @classmethod
     def _fits_precision(cls, weights: str, info: ValidationInfo) -> str:
+        if weights != "float32" and info.data.get("method") != "full":
+            raise ValueError("'float32' unless method is 'full': adapters are small, and learn in float32")
         if weights != "float32" and info.data.get("precision") == "float32":
             raise ValueError("'float32' where precision is 'float32'")
         return weights

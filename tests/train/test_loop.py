@@ -150,17 +150,17 @@ def test_accumulation_does_not_change_the_mathematics(recipe: Callable[..., Reci
 def test_loss_that_is_not_finite_stops_before_the_update(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from firefly.train import loop
+    from firefly.train import objectives
 
     made = recipe(save_steps=2, max_steps=10)
-    real, calls = loop.batch_loss, []
+    real, calls = objectives.batch_loss, []  # the first call is the probe's
 
     def poisoned(*arguments: Any) -> Any:
         calls.append(1)
         total, each = real(*arguments)
-        return (total * math.nan if len(calls) == 6 else total), each
+        return (total * math.nan if len(calls) == 7 else total), each
 
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    monkeypatch.setattr(objectives, "batch_loss", poisoned)
     with pytest.raises(
         TrainingError, match=r"stopped before the update.*lines \d+, \d+, \d+, \d+ of the dataset"
     ) as caught:

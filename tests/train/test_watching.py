@@ -81,7 +81,7 @@ def test_a_window_sums_each_kind_and_goes_through_json(seed: int, num_kinds: int
     for step in range(6):
         batch, losses = random_batch(rng, 6)
         for one in (window, broken):
-            one.add_batch(batch, losses)
+            one.add_batch(batch, batch.target_samples, losses, {"margin": losses.sum()})
             one.add_step(float(losses.sum()), float(step), 0.5)
         for sample, loss in zip(batch.target_samples, losses.tolist(), strict=True):
             kind = data.kind_names[data.kinds[batch.sample_ids[sample]]]
@@ -114,7 +114,7 @@ def test_batches_are_counted_without_waiting_for_the_device() -> None:
     window = Window({}, data, CPU)
     batch, losses = random_batch(random.Random(1), 2)
     with NoWait():
-        window.add_batch(batch, losses)
+        window.add_batch(batch, batch.target_samples, losses, {})
         with pytest.raises(AssertionError, match="waits"):
             losses.sum().item()
 

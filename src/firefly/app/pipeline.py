@@ -7,7 +7,8 @@ Killed anywhere and run again, a run ends with the same bytes.
 
     OUT/dataset   examples, rejects, card.json         OUT/run         checkpoints, metrics, curves.png
     OUT/pruned    the pruned base, prune.json          OUT/model       the finished model directory
-    OUT/tokens    ids, masks, borders, lengths.png     OUT/evaluation  results.json, report.html
+    OUT/tokens    ids, masks, borders, lengths.png     OUT/adapter     of lora, dora, qlora: merged in OUT/model
+                                                       OUT/evaluation  results.json, report.html
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from firefly.data.tokens import encode_dataset
 from firefly.errors import CheckpointError, OutputError, RecipeError
 from firefly.evaluate.run import evaluate
 from firefly.files import exclusive, locate, sha256_file, sha256_json, write_atomic, write_json, writing_to
+from firefly.model.adapters import require_method
 from firefly.model.hub import resolve
 from firefly.model.load import check_model
 from firefly.model.shards import weight_files
@@ -79,6 +81,8 @@ def run_stages(recipe: Recipe, until: StageName = "evaluate") -> RunResult:
         require_reporters(recipe.train.report_to)
     base = resolve(recipe.model.base)
     check_model(base)
+    if until in ("train", "evaluate"):
+        require_method(recipe.train.method)
     _claim(recipe.out)
     with exclusive(recipe.out, "a Firefly run"):
         _refuse_another_recipe(recipe)

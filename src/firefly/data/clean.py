@@ -51,10 +51,14 @@ def digest(text: str) -> str:
 def _mended(example: Example, mend: Callable[[str], str]) -> Example:
     """The example with `mend` applied to every message; the same object where nothing changed."""
     texts = [mend(message.content) for message in example.messages]
-    if all(text == message.content for text, message in zip(texts, example.messages, strict=True)):
+    rejected = None if example.rejected is None else mend(example.rejected)
+    if rejected == example.rejected and all(
+        text == message.content for text, message in zip(texts, example.messages, strict=True)
+    ):
         return example
     pairs = zip(example.messages, texts, strict=True)
-    return replace(example, messages=tuple(replace(message, content=text) for message, text in pairs))
+    messages = tuple(replace(message, content=text) for message, text in pairs)
+    return replace(example, messages=messages, rejected=rejected)
 
 
 # ---- HTML that a crawler left
@@ -103,6 +107,7 @@ def html_remains(example: Example, options: CleanSection) -> str | None:
 
 def _has_html(example: Example) -> bool:
     texts = [message.content for message in example.messages]
+    texts += [example.rejected] if example.rejected else []
     if not any(
         ("<" in text and _TAG.search(text)) or ("&" in text and _ENTITY.search(text)) for text in texts
     ):
@@ -151,6 +156,14 @@ def empty_input(example: Example, _: CleanSection) -> str | None:
     """A question without text; plain text for pre-training has no question and passes."""
     questions = (message.content for message in example.messages if message.role == "user")
     return "empty_input" if any(not text or text.isspace() for text in questions) else None
+
+
+def no_preference(example: Example, _: CleanSection) -> str | None:
+    """A rejected answer that is empty, or the same as the chosen one; otherwise it may be as bad as it likes."""
+    if example.rejected is None:
+        return None
+    worse = normalised(example.rejected)
+    return "no_preference" if not worse or worse == normalised(example.target) else None
 
 
 _HAN = re.compile("[一-鿿]")
@@ -282,6 +295,7 @@ MENDING = (strip_html, simplify, half_width)
 RULES: tuple[Rule, ...] = (
     empty_target,
     empty_input,
+    no_preference,
     too_short,
     too_long,
     control_characters,

@@ -6,6 +6,7 @@
     sharegpt      {"conversations": [{"from": "human" | "gpt" | "system", "value": …}, …]}  ShareGPT, BELLE
     messages      {"messages": [{"role": …, "content": text or parts}, …]}                  OpenAI
     moss          {"chat": {"turn_1": {"Human": …, "MOSS": …}, …}}                          MOSS
+    preferences   {"input", "chosen", "rejected"}; see the function for what else a question and an answer may be
 
 Any of them may have a `system` text beside its turns (MOSS: `meta_instruction`). Lists may also come as JSON text,
 as they stand in a CSV cell. The same conversation gives the same example, however it is written: white space at
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 from firefly.data.clean import digest, normalised
@@ -118,6 +120,59 @@ def _moss_turns(chat: dict[str, Any], origin: Origin) -> Iterator[Turn]:
         if "Human" not in text or "MOSS" not in text:
             raise _missing("'chat' needs 'Human' and 'MOSS' in every turn", turn, origin)
         yield from (("user", text["Human"]), ("assistant", text["MOSS"]))
+
+
+@importer("preferences", shapes=[{"chosen", "rejected"}, {"kind", "chosen", "rejected"}])
+def import_preferences(record: dict[str, Any], origin: Origin) -> Iterator[Imported]:
+    """A question with a chosen and a rejected answer.
+
+    The question is text (`input`, `prompt`, `instruction`), a list of turns (`messages`, `conversations`, `prompt`), or
+    stands in the answers; an answer is text, one turn, or the turns of the whole conversation.
+    """
+    if not {"chosen", "rejected"} <= record.keys():
+        raise _missing("'chosen' or 'rejected' is missing", record, origin)
+    try:
+        asked = _asked(record, origin)
+        chosen, rejected = (_side(record, name, asked, origin) for name in ("chosen", "rejected"))
+        if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
+            raise _Unusable("no_common_question")
+        if not chosen[-1][0] == rejected[-1][0] == "assistant":
+            raise _Unusable("no_answer")
+    except _Unusable as unusable:
+        yield Skipped(str(unusable), origin.source, json.dumps(record, ensure_ascii=False, default=str))
+        return
+    named = {"kind": "Preference", **record}
+    for item in _example(named, chosen, origin):
+        if isinstance(item, Whole):
+            item = replace(item, example=replace(item.example, rejected=rejected[-1][1]))
+        yield item
+
+
+def _asked(record: dict[str, Any], origin: Origin) -> list[Turn]:
+    """The turns before the two answers; none where each of these tells the whole conversation."""
+    for name in ("messages", "conversations", "prompt"):
+        if isinstance(record.get(name), list):
+            return _turns(record, name, origin)
+    names = ("instruction", "input", "prompt", "question")
+    text = "\n".join(filter(None, (field_text(record, name, origin) for name in names)))
+    return [("user", text)] if text else []
+
+
+def _side(record: dict[str, Any], name: str, asked: list[Turn], origin: Origin) -> list[Turn]:
+    """The whole conversation that ends with the answer `name`."""
+    if isinstance(record[name], dict):
+        record = {name: [record[name]]}
+    if not isinstance(record[name], list):
+        return [*asked, ("assistant", field_text(record, name, origin))]
+    turns = _turns(record, name, origin)
+    return turns if asked and turns[: len(asked)] == asked else [*asked, *turns]
+
+
+def _turns(record: dict[str, Any], name: str, origin: Origin) -> list[Turn]:
+    """A list of turns that name their speaker in `role`, or in `from`."""
+    turns = _objects(record, name, origin)
+    speaker, content = ("from", "value") if turns and "from" in turns[0] else ("role", "content")
+    return list(_speaking(turns, speaker, content, name, origin))
 
 
 def _speaking(

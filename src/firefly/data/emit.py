@@ -67,7 +67,8 @@ def emit(chosen: Chosen) -> Emitted:
 def _example(body: dict[str, Any], kind: str, source: str, variant: int, options: CleanSection) -> Example:
     if "fields" in body:
         return mended(task(kind).render(body["fields"], source=source, variant=variant), options)
-    return Example(kind, tuple(Message(role, content) for role, content in body["messages"]), source)
+    messages = tuple(Message(role, content) for role, content in body["messages"])
+    return Example(kind, messages, source, body.get("rejected"))
 
 
 def _reject(

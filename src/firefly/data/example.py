@@ -1,7 +1,8 @@
 """An `Example` is one record of the dataset: which task it is, the messages, and where it came from.
 
 On disk it is one JSON line. A single question and answer is written the way firefly-train-1.1M writes it,
-`{"kind", "input", "target", "source"}`; anything longer as `{"kind", "messages", "source"}`.
+`{"kind", "input", "target", "source"}`; anything longer as `{"kind", "messages", "source"}`. A preference has two
+answers to its last question, `"chosen"` and `"rejected"`, in the place of `"target"` or behind the `"messages"`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training record: `kind` names the task, `source` says where it came from (file:line)."""
+    """One training record: `kind` names the task, `source` says where it came from (file:line).
+
+    In a preference the last message is the chosen answer, and `rejected` the worse one.
+    """
 
     kind: str
     messages: tuple[Message, ...]
     source: str = ""
+    rejected: str | None = None
 
     @classmethod
     def plain(cls, kind: str, text: str, source: str = "") -> Example:
@@ -58,18 +63,35 @@ class Example:
         """The last answer."""
         return self.messages[-1].content
 
+    @property
+    def answered(self) -> tuple[Example, ...]:
+        """The example itself, or of a preference its two sides, each with one answer: chosen, rejected."""
+        if self.rejected is None:
+            return (self,)
+        answers = (self.target, self.rejected)
+        turns = ((*self.messages[:-1], Message("assistant", answer)) for answer in answers)
+        return tuple(Example(self.kind, messages, self.source) for messages in turns)
+
     def to_json(self) -> str:
         """The record as one JSON line, without the line end."""
         record: dict[str, Any] = {"kind": self.kind}
+        answers = (
+            {"target": self.target}
+            if self.rejected is None
+            else {"chosen": self.target, "rejected": self.rejected}
+        )
         if [message.role for message in self.messages] == ["user", "assistant"]:
-            record |= {"input": self.messages[0].content, "target": self.messages[1].content}
-        else:
+            record |= {"input": self.messages[0].content, **answers}
+        elif self.rejected is None:
             record["messages"] = [{"role": m.role, "content": m.content} for m in self.messages]
+        else:
+            record["messages"] = [{"role": m.role, "content": m.content} for m in self.messages[:-1]]
+            record |= answers
         return json.dumps(record | {"source": self.source}, ensure_ascii=False)
 
     @classmethod
     def from_record(cls, record: dict[str, Any], path: Path, line: int, kind: str | None = None) -> Example:
-        """Read a record with `kind`, and `input`/`target` or `messages`.
+        """Read a record with `kind`, and `input`/`target` or `messages`, or a preference.
 
         Raises `InputError` naming file, line and field.
         """
@@ -80,15 +102,23 @@ class Example:
                 f'{where}: field \'kind\' is missing; write the task\'s name, e.g. "kind": "Couplet".'
             )
         source = record.get("source") or f"{path.name}:{line}"
-        if "messages" in record:
+        is_preference = {"chosen", "rejected"} <= record.keys()
+        answers = ["chosen", "rejected"] if is_preference else ["target"]
+        if "messages" in record and not is_preference:
             return cls(name, _messages(record["messages"], where), source)
-        for field in ("input", "target"):
+        for field in answers if "messages" in record else ["input", *answers]:
             if not isinstance(record.get(field), str):
                 have = ", ".join(sorted(record)) or "none"
                 raise InputError(
                     f"{where}: field '{field}' is missing or not text; the fields there are: {have}."
                 )
-        return cls.of(name, record["input"], record["target"], source)
+        if not is_preference:
+            return cls.of(name, record["input"], record["target"], source)
+        asked = record.get("messages", [{"role": "user", "content": record.get("input")}])
+        if not isinstance(asked, list) or not asked:
+            raise InputError(f"{where}: a preference needs a question before 'chosen' and 'rejected'.")
+        turns = [*asked, {"role": "assistant", "content": record["chosen"]}]
+        return cls(name, _messages(turns, where), source, record["rejected"])
 
 
 def _messages(value: Any, where: str) -> tuple[Message, ...]:

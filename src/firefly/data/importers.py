@@ -1,7 +1,8 @@
 """Importers turn one raw record into examples or into fields that a task renders, one function a shape of record.
 
     records    {"word": …, "explanation": …}: fields that a task renders
-    firefly    {"kind", "input", "target"} or {"kind", "messages"}: firefly-train-1.1M, and our own datasets
+    firefly    {"kind", "input", "target"} or {"kind", "messages"}: firefly-train-1.1M, and our own datasets;
+               also their preferences, with "chosen" and "rejected" for "target"
     text       plain text to pre-train on: a .txt line or a JSON record's "text" is one document
     auto       whichever of these, or of the shapes in `conversations`, the first record looks like
 

@@ -4,6 +4,8 @@
     stream = TrainingStream(tokens, batch_size, seed, pack_length=2048)   # a batch counts rows of best-fit samples
     stream.batch(n)                                                       # any batch, at once
 
+In a tokens directory of pairs a sample means a pair's chosen answer alone, or with `pairs` both answers, chosen first.
+
 The order is a function of seed and position alone: unit k (a sample or a row) of the endless stream is entry k mod N
 of the shuffle of epoch k div N; rows are packed anew each epoch. So a resumed run needs to know only how many batches
 it has seen, and `world_size` ranks take their shares of the same global batches. Yields NumPy; the model side makes
@@ -12,7 +14,7 @@ tensors of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 
 from firefly.data.pack import Rows, pack_rows
 from firefly.data.tokens import Tokens
+from firefly.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -76,29 +79,34 @@ class TrainingStream:
         pack_length: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        pairs: bool = False,
     ) -> None:
-        """Raises `InputError` when a sample is longer than `pack_length`."""
+        """Raises `InputError` when a sample is longer than `pack_length`, or there are no `pairs`."""
         assert 0 <= rank < world_size
         self.tokens, self.batch_size, self.seed = tokens, batch_size, seed
         self.learn_everything, self.pack_length = learn_everything, pack_length
         self.rank, self.world_size = rank, world_size
+        self._samples = _samples(tokens, pairs)
         self._epoch: tuple[int, NDArray[np.int64], Rows | None] = (-1, np.zeros(0, np.int64), None)
         rows = self._units(0)[1]
-        self.num_units = len(tokens) if rows is None else len(rows)
+        self.num_units = len(self._samples) if rows is None else len(rows)
         self.efficiency = 1.0 if rows is None else rows.efficiency
 
     def batch(self, number: int) -> Batch:
         """Batch `number`, counted from 0 over the whole run."""
+        return make_batch(self.tokens, self.sample_ids(number), self.learn_everything)
+
+    def sample_ids(self, number: int) -> list[int]:
+        """The samples of batch `number`."""
         first = (number * self.world_size + self.rank) * self.batch_size
-        ids = [one for place in range(first, first + self.batch_size) for one in self._samples_at(place)]
-        return make_batch(self.tokens, ids, self.learn_everything)
+        return [one for place in range(first, first + self.batch_size) for one in self._samples_at(place)]
 
     def batch_tokens(self, count: int) -> NDArray[np.int64]:
         """Tokens in each of the first `count` batches, without making them.
 
         Where batches count rows, those of later epochs are as full as the first one's and are left out.
         """
-        lengths = np.diff(self.tokens.borders)
+        lengths = np.diff(self.tokens.borders)[self._samples].sum(axis=1)
         if self.pack_length is not None:
             count = min(count, -(-self.num_units // (self.batch_size * self.world_size)))
         num_units = count * self.world_size * self.batch_size
@@ -114,19 +122,32 @@ class TrainingStream:
         epoch, entry = divmod(position, self.num_units)
         order, rows = self._units(epoch)
         unit = int(order[entry])
-        return [unit] if rows is None else rows.row(unit).tolist()
+        units = [unit] if rows is None else rows.row(unit)
+        return [int(one) for one in self._samples[units].ravel()]
 
     def _units(self, epoch: int) -> tuple[NDArray[np.int64], Rows | None]:
         """The order of an epoch's units, and what the rows hold where units are rows."""
         if self._epoch[0] != epoch:
             rows = None
             if self.pack_length is not None:
-                rows = pack_rows(np.diff(self.tokens.borders), self.pack_length, (self.seed, epoch, 1))
+                lengths = np.diff(self.tokens.borders)[self._samples].sum(axis=1)
+                rows = pack_rows(lengths, self.pack_length, (self.seed, epoch, 1))
             order = np.random.default_rng([self.seed, epoch]).permutation(
-                len(self.tokens) if rows is None else len(rows)
+                len(self._samples) if rows is None else len(rows)
             )
             self._epoch = (epoch, order, rows)
         return self._epoch[1:]
+
+
+def _samples(tokens: Tokens, pairs: bool) -> NDArray[np.int64]:
+    """Numbers of the samples that go together: one a row [N, 1], or with `pairs` chosen and rejected [N, 2]."""
+    if pairs and not tokens.pairs:
+        raise InputError(
+            "train.objective = 'dpo' learns from preferences (records with 'chosen' and 'rejected'), and the dataset "
+            "has none; name such sources in data.sources, or choose another objective."
+        )
+    numbers = np.arange(len(tokens)).reshape(-1, 2 if tokens.pairs else 1)
+    return numbers if pairs else numbers[:, :1]
 
 
 def make_batch(tokens: Tokens, sample_ids: Sequence[int], learn_everything: bool = False) -> Batch:
@@ -136,15 +157,21 @@ def make_batch(tokens: Tokens, sample_ids: Sequence[int], learn_everything: bool
     return pack([(sample.ids, mask) for sample, mask in zip(samples, masks, strict=True)], sample_ids)
 
 
-def in_order(tokens: Tokens, max_tokens: int = 8192) -> Iterator[Batch]:
-    """Every sample once, in order, in batches of at most about `max_tokens` tokens."""
+def in_order(
+    tokens: Tokens, max_tokens: int = 8192, pairs: bool = False, among: Container[int] | None = None
+) -> Iterator[Batch]:
+    """Every sample once (or those `among` some), in order, in batches of at most about `max_tokens` tokens."""
     group: list[int] = []
     size = 0
-    for number, length in enumerate(np.diff(tokens.borders).tolist()):
+    samples = _samples(tokens, pairs)
+    lengths = np.diff(tokens.borders)[samples].sum(axis=1)
+    for numbers, length in zip(samples.tolist(), lengths.tolist(), strict=True):
+        if among is not None and numbers[0] not in among:
+            continue
         if group and size + length > max_tokens:
             yield make_batch(tokens, group)
             group, size = [], 0
-        group.append(number)
+        group += numbers
         size += length
     if group:
         yield make_batch(tokens, group)

@@ -8,7 +8,8 @@
 The first two keep every token of the last answer, its end token and the format's fixed parts: the *conversation* is
 shortened and rendered again, so what is learned is the exact rendering of a real conversation. Where even that does
 not help, since the answer alone is too long, the sample is lost: an error, unless `allow_lost_targets` lets it
-be dropped. A plain text becomes several samples and loses nothing.
+be dropped. A plain text becomes several samples and loses nothing. The two sides of a preference keep the same
+question, cut so that the longer one fits, and are lost together.
 """
 
 from __future__ import annotations
@@ -65,11 +66,45 @@ def fit(example: Example, whole: Rendered, chat_format: ChatFormat, data: DataSe
             part = Rendered(whole.ids[:end], whole.mask[:end])
             yield Part(part, _learned_bytes(part, chat_format), ("target_end_cut",))
     else:
-        yield _shorten(example, chat_format, data)
+        messages, reasons = _shorten(example, chat_format, data)
+        if messages is None:
+            yield _lost(example, "the answer alone fills", data)
+        else:
+            yield Part(chat_format.render(messages), chat_format.num_answer_bytes(messages), reasons)
 
 
-def _shorten(example: Example, chat_format: ChatFormat, data: DataSection) -> Part:
-    """Leave out the oldest exchanges, then a part of the last input, until the rest fits."""
+def fit_pair(
+    sides: Sequence[Example], wholes: Sequence[Rendered], chat_format: ChatFormat, data: DataSection
+) -> list[Part]:
+    """The two samples of a preference, or the one part that says why both are lost; see `fit`."""
+    if data.overlong in ("middle-of-input", "left-of-input"):
+        return _shorten_both(sides, wholes, chat_format, data)
+    both = zip(sides, wholes, strict=True)
+    parts = [part for side, whole in both for part in fit(side, whole, chat_format, data)]
+    return next(([part] for part in parts if part.sample is None), parts)
+
+
+def _shorten_both(
+    sides: Sequence[Example], wholes: Sequence[Rendered], chat_format: ChatFormat, data: DataSection
+) -> list[Part]:
+    longer = max(range(2), key=lambda side: len(wholes[side].ids))
+    messages, reasons = _shorten(sides[longer], chat_format, data)
+    if messages is None:
+        return [_lost(sides[longer], "the answer alone fills", data)]
+    parts = []
+    for side in sides:
+        turns = [*messages[:-1], side.messages[-1]]
+        parts.append(Part(chat_format.render(turns), chat_format.num_answer_bytes(turns), reasons))
+    return parts
+
+
+def _shorten(
+    example: Example, chat_format: ChatFormat, data: DataSection
+) -> tuple[list[Message] | None, tuple[str, ...]]:
+    """Leave out the oldest exchanges, then a part of the last input, until the rest fits; None: nothing does.
+
+    Returns the messages, and what was done to them.
+    """
     limit = data.max_seq_length
     system = example.messages[:1] if example.messages[0].role == "system" else ()
     turns = example.messages[len(system) :]
@@ -84,23 +119,19 @@ def _shorten(example: Example, chat_format: ChatFormat, data: DataSection) -> Pa
             key=lambda number: -len(chat_format.render([*system, *turns[2 * number :]]).ids),
         )
         turns = turns[2 * dropped :]
-    messages = [*system, *turns]
-    sample: Rendered | None = chat_format.render(messages)
-    if sample is not None and len(sample.ids) > limit:
+    messages: list[Message] | None = [*system, *turns]
+    assert messages is not None
+    excess = len(chat_format.render(messages).ids) - limit
+    if excess > 0:
         reasons.append("input_middle_cut" if data.overlong == "middle-of-input" else "input_start_cut")
-        excess = len(sample.ids) - limit
-        messages, sample = _cut_input(
-            messages, excess, data.overlong == "middle-of-input", limit, chat_format
-        )
-    if sample is None:
-        return _lost(example, "the answer alone fills", data)
-    return Part(sample, chat_format.num_answer_bytes(messages), tuple(reasons))
+        messages = _cut_input(messages, excess, data.overlong == "middle-of-input", limit, chat_format)
+    return messages, tuple(reasons)
 
 
 def _cut_input(
     messages: Sequence[Message], excess: int, middle: bool, limit: int, chat_format: ChatFormat
-) -> tuple[list[Message], Rendered | None]:
-    """Take at least `excess` tokens out of the last input, at the borders of characters, and render again."""
+) -> list[Message] | None:
+    """Take at least `excess` tokens out of the last input, at the borders of characters."""
     text = messages[-2].content
     starts = [start for start, _ in chat_format.tokenizer.rust.encode(text, add_special_tokens=False).offsets]
     kept = len(starts) - excess
@@ -109,11 +140,11 @@ def _cut_input(
         rest = text[starts[len(starts) - kept + left] :] if left < kept else ""
         shorter = (text[: starts[left]] if left else "") + _GAP + rest
         cut = [*messages[:-2], replace(messages[-2], content=shorter), messages[-1]]
-        sample = chat_format.render(cut)
-        if len(sample.ids) <= limit:
-            return cut, sample
-        kept -= len(sample.ids) - limit
-    return list(messages), None
+        excess = len(chat_format.render(cut).ids) - limit
+        if excess <= 0:
+            return cut
+        kept -= excess
+    return None
 
 
 def _lost(example: Example, why: str, data: DataSection) -> Part:

@@ -145,6 +145,8 @@ def _peeked(
 ) -> PeekedSample:
     sample = mapped.sample(number)
     example = examples.get(sample.origin)
+    if example and mapped.pairs:
+        example = example.answered[number % 2]
     source = example.source if example else f"line {sample.origin + 1} of the dataset"
     whole_tokens = len(render(example.messages, tokenizer, chat_format).ids) if example else len(sample.ids)
     return PeekedSample(

@@ -136,6 +136,9 @@ def _candidate(work: Work, origin: Origin, item: Imported) -> _Candidate:
         example, reason = clean(item.example, work.clean)
         body = {"messages": [[turn.role, turn.content] for turn in example.messages]}
         turns = example.messages
+        if example.rejected is not None:
+            body["rejected"] = example.rejected
+            turns = (*turns, Message("assistant", example.rejected))
     same = "\0".join(turn.content for turn in turns)
     if not reason and work.evaluation[0] and (hit := _grams(*work.evaluation).hit(same)):
         reason, body["note"] = "contaminated", hit

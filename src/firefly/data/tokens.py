@@ -8,6 +8,9 @@
     SPLIT/origins.npy   int64 [N]: line of the dataset's SPLIT.jsonl, counted from 0
     index.json          counts, cuts by kind and reason, the tokenizer's hash, every file's hash
 
+Of preferences each gives two samples in a row, the chosen answer's and the rejected one's; index.json then says
+`pairs`. A dataset holds preferences alone, or none.
+
 Lines are rendered, encoded, masked and cut in blocks by worker processes and appended in order, so the bytes are the
 same for any number of workers, and memory does not grow with the dataset. The faster encoder works only after its
 proof; every 100th block and the last one of a split are encoded by the standard one too, and after a difference
@@ -24,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from firefly.data.dataset import FILES
 from firefly.data.encoder import FastEncoder, disagreement
 from firefly.data.engine import ordered_map
 from firefly.data.example import Example
-from firefly.data.overlong import fit
+from firefly.data.overlong import fit, fit_pair
 from firefly.data.stats import length_chart
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.errors import InputError, ModelError
@@ -84,6 +87,7 @@ class Tokens:
     origins: NDArray[np.int64]  # N
     kind_names: tuple[str, ...]
     max_seq_length: int
+    pairs: bool = False  # samples 2i and 2i + 1 are the chosen and the rejected answer to one question
 
     @classmethod
     def open(cls, directory: Path, split: str, tokenizer_sha256: str | None = None) -> Tokens:
@@ -122,6 +126,7 @@ class Tokens:
             origins=np.load(place / "origins.npy"),
             kind_names=tuple(index["kinds"]),
             max_seq_length=int(index["max_seq_length"]),
+            pairs=bool(index.get("pairs")),
         )
 
     def __len__(self) -> int:
@@ -156,6 +161,14 @@ def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> 
             fast = _encode_split(job, writers[split], fast, f"encode {split}")
         if writers["train"].counts["samples"] == 0:
             raise InputError(f"{dataset} leaves no training sample of at most {data.max_seq_length} tokens.")
+        examples, preferences = (
+            sum(writer.counts[name] for writer in writers.values()) for name in ("examples", "preferences")
+        )
+        if 0 < preferences < examples:
+            raise InputError(
+                f"{dataset} mixes {preferences:,} preferences (chosen, rejected) with {examples - preferences:,} plain "
+                "examples; use a recipe of its own for each."
+            )
         cuts = sum((writer.cuts for writer in writers.values()), Counter())
         by_kind: dict[str, dict[str, int]] = {}
         for (kind, reason), count in sorted(cuts.items()):
@@ -176,6 +189,7 @@ def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> 
             "kinds": list(kinds),
             "dtype": dtype.name,
             "max_seq_length": data.max_seq_length,
+            "pairs": preferences > 0,
             "chat_format": data.chat_format,
             "stop_ids": list(chat_format.stop_ids),
             "tokenizer_sha256": tokenizer.sha256,
@@ -236,6 +250,7 @@ class _Encoded:
     origins: NDArray[np.int64]
     cuts: Counter[tuple[str, str]]
     num_examples: int
+    num_preferences: int
     audit: bool
     agreed: bool
 
@@ -317,7 +332,8 @@ def _encode_block(job: _Job, fast: bool, block: _Lines) -> _Encoded:
     if not job.small:  # every core has a worker already
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     chat_format, quick = _tools(job.model, job.tokenizer_sha256, job.data.chat_format, fast)
-    examples = [_example(line, number, job.path) for number, line in block.lines]
+    records = [_example(line, number, job.path) for number, line in block.lines]
+    examples = [side for record in records for side in record.answered]
     rendered = _render(examples, chat_format, None if block.audit else quick)
     agreed = True
     if fast and block.audit:
@@ -325,7 +341,7 @@ def _encode_block(job: _Job, fast: bool, block: _Lines) -> _Encoded:
         agreed = bool(
             np.array_equal(again.borders, rendered.borders) and np.array_equal(again.ids, rendered.ids)
         )
-    return _cut(examples, rendered, chat_format, job, block, agreed)
+    return _cut(records, examples, rendered, chat_format, job, block, agreed)
 
 
 @lru_cache(maxsize=2)
@@ -361,6 +377,7 @@ def _render(examples: list[Example], chat_format: ChatFormat, encode: Encode | N
 
 
 def _cut(
+    records: list[Example],
     examples: list[Example],
     rendered: RenderedBlock,
     chat_format: ChatFormat,
@@ -368,42 +385,56 @@ def _cut(
     block: _Lines,
     agreed: bool,
 ) -> _Encoded:
-    """Cut what is too long; most blocks have nothing of the kind and stay as they are."""
+    """Cut what is too long; most blocks have nothing of the kind and stay as they are.
+
+    `records` are the lines, `examples` what was rendered: of a preference both sides.
+    """
     ids, mask, lengths = rendered.ids, rendered.mask, np.diff(rendered.borders)
-    origins = np.arange(block.first, block.first + len(examples))
+    num_sides = [1 if record.rejected is None else 2 for record in records]
+    lines = np.repeat(np.arange(len(records)), num_sides)  # of each example, counted from the block's first
+    begins = np.cumsum([0, *num_sides])
+    origins = lines + block.first
     target_bytes = rendered.answer_bytes
     cuts: Counter[tuple[str, str]] = Counter()
-    overlong = np.flatnonzero(lengths > job.data.max_seq_length).tolist()
+    overlong = np.unique(lines[lengths > job.data.max_seq_length]).tolist()
     if overlong:
         pieces: list[NDArray[Any]] = []  # ids, mask, ids, mask …
-        rows: list[tuple[int, int, int]] = []  # length, bytes, place in the block
+        rows: list[tuple[int, int, int]] = []  # length, bytes, line in the block
         done = 0
-        for place in [*overlong, len(examples)]:
+        for line in [*overlong, len(records)]:
+            place = int(begins[line])
             span = slice(rendered.borders[done], rendered.borders[place])
             pieces += [ids[span], mask[span]]
             rows += zip(
                 lengths[done:place].tolist(),
                 target_bytes[done:place].tolist(),
-                range(done, place),
+                lines[done:place].tolist(),
                 strict=True,
             )
-            if place < len(examples):
-                start, end = rendered.borders[place : place + 2]
-                whole = Rendered(ids[start:end].tolist(), mask[start:end].astype(bool).tolist())
-                for part in fit(examples[place], whole, chat_format, job.data):
+            done = place
+            if line < len(records):
+                done = int(begins[line + 1])
+                wholes = []
+                for start, end in pairwise(rendered.borders[place : done + 1]):
+                    wholes.append(Rendered(ids[start:end].tolist(), mask[start:end].astype(bool).tolist()))
+                sides = examples[place:done]
+                if len(sides) == 1:
+                    parts = list(fit(sides[0], wholes[0], chat_format, job.data))
+                else:
+                    parts = fit_pair(sides, wholes, chat_format, job.data)
+                for part in parts:
                     cuts.update((examples[place].kind, reason) for reason in part.reasons)
                     if part.sample is not None:
                         pieces += [
                             np.asarray(part.sample.ids, np.uint32),
                             np.asarray(part.sample.mask, np.uint8),
                         ]
-                        rows.append((len(part.sample.ids), part.target_bytes, place))
-            done = place + 1
+                        rows.append((len(part.sample.ids), part.target_bytes, line))
         ids, mask = np.concatenate(pieces[0::2]), np.concatenate(pieces[1::2])
         table = np.asarray(rows, np.int64).reshape(-1, 3)
         lengths, target_bytes, origins = table[:, 0], table[:, 1], table[:, 2] + block.first
-    names = {name: number for number, name in enumerate(dict.fromkeys(one.kind for one in examples))}
-    kinds = np.asarray([names[one.kind] for one in examples], np.int64)[origins - block.first]
+    names = {name: number for number, name in enumerate(dict.fromkeys(one.kind for one in records))}
+    kinds = np.asarray([names[one.kind] for one in records], np.int64)[origins - block.first]
     return _Encoded(
         ids.astype(job.dtype),
         mask,
@@ -413,7 +444,8 @@ def _cut(
         target_bytes,
         origins,
         cuts,
-        len(examples),
+        len(records),
+        num_sides.count(2),
         block.audit,
         agreed,
     )
@@ -476,6 +508,8 @@ class _SplitWriter:
         self.columns["kinds"].append(numbers[block.kinds])
         self.columns["bytes"].append(block.target_bytes)
         self.columns["origins"].append(block.origins)
+        self.counts["examples"] += block.num_examples
+        self.counts["preferences"] += block.num_preferences
         self.counts["samples"] += len(block.lengths)
         self.counts["tokens"] += len(block.ids)
         self.counts["target_tokens"] += int(np.count_nonzero(block.mask))

@@ -151,13 +151,14 @@ def save_model(
     model: CausalModel,
     base: Path,
     out: Path,
-    chat_template: str,
+    chat_template: str | None,
     dtype: torch.dtype,
     stop_ids: Sequence[int] = (),
 ) -> None:
     """Write a model directory that plain transformers opens, atomically; an answer ends at any of `stop_ids`.
 
-    config.json and tokenizer come from `base`; the chat template is the one the model was trained with.
+    config.json and tokenizer come from `base`; the chat template is the one the model was trained with, or for None
+    what the base says.
     """
     state = state_to_save(model)
     require_disk(out, sum(tensor.numel() for tensor in state.values()) * dtype.itemsize * 21 // 20)
@@ -190,8 +191,9 @@ def save_model(
         for name in COMPANIONS:
             if (base / name).is_file():
                 shutil.copyfile(base / name, place / name)
-        (place / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        _drop_template(place / "tokenizer_config.json")
+        if chat_template is not None:
+            (place / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+            _drop_template(place / "tokenizer_config.json")
         _add_stop_ids(place / "generation_config.json", stop_ids)
 
 

@@ -18,26 +18,33 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 are slower (on the CPU, 8 MiB take twice the time); larger ones gain nothing."""
 
 
-def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of softmax(hidden · headᵀ) against `targets`.
 
     Args:
         hidden: M C, float32 or bf16; matrix products run in its dtype.
         head: V C.
         targets: M, token ids.
+        weights: M, a factor for each position's loss in the sum; None: 1.
 
     Returns:
         The sum over all positions (float32 scalar, differentiable in hidden and head), and the loss of each
         position (M, float32, detached), in nats.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
-        total, each = _LinearCrossEntropy.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+        total, each = _LinearCrossEntropy.apply(hidden, head, targets, weights)  # type: ignore[no-untyped-call]
         return total, each.detach()
     weight = head.to(hidden.dtype)
     each = torch.cat(
         [_chunk_losses(rows @ weight.T, ids)[0] for rows, ids in _chunks(hidden, targets, len(head))]
     )
-    return each.sum(), each
+    return _weighted_sum(each, weights), each
+
+
+def _weighted_sum(each: Tensor, weights: Tensor | None) -> Tensor:
+    return each.sum() if weights is None else (each * weights).sum()
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -59,31 +66,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Makes the gradients in the forward pass, while the chunk's logits are there; backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         weight = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        # A frozen head, under adapters, needs none: it would be the largest tensor of the step.
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        grad_head = torch.zeros_like(head, dtype=dtype) if ctx.needs_input_grad[1] else None
         losses, done = [], 0
         for rows, ids in _chunks(hidden, targets, len(head)):
             each, gradient = _chunk_losses(rows @ weight.T, ids)
             losses.append(each)
             gradient[torch.arange(len(ids), device=ids.device), ids] -= 1.0
+            if weights is not None:
+                gradient *= weights[done : done + len(ids), None]
             gradient = gradient.to(hidden.dtype)  # m V
             torch.mm(gradient, weight, out=grad_hidden[done : done + len(ids)])
-            if rows.dtype == grad_head.dtype:
+            if grad_head is None:
+                pass
+            elif rows.dtype == grad_head.dtype:
                 grad_head.addmm_(gradient.T, rows)  # no temporary of the head's size
             else:
                 grad_head += gradient.T @ rows
             done += len(ids)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = head.dtype
-        each = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=grad_head.dtype)
+        each = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=dtype)
         ctx.mark_non_differentiable(each)
-        return each.sum(), each
+        return _weighted_sum(each, weights), each
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         scale = gradients[0]
         # In place, for the head's gradient is large; a second backward pass then fails with autograd's own error.
-        return grad_hidden.mul_(scale), grad_head.mul_(scale).to(ctx.head_dtype), None
+        to_head = None if grad_head is None else grad_head.mul_(scale).to(ctx.head_dtype)
+        return grad_hidden.mul_(scale), to_head, None, None

@@ -29,14 +29,17 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
+def learned_states(model: CausalModel, batch: PackedInput, bf16: bool = False) -> Tensor:
+    """Final hidden states where a learned token is predicted, M C."""
+    mixed = bf16 and any(weight.dtype != torch.bfloat16 for weight in model.parameters())  # else no casts
+    with autocast(batch.input_ids.device, mixed):
+        states = model.hidden(batch)[batch.target_positions]
+    return states.to(torch.bfloat16) if bf16 else states
+
+
 def batch_loss(model: CausalModel, batch: PackedInput, bf16: bool = False) -> tuple[Tensor, Tensor]:
     """Loss of one packed batch over its learned tokens: the sum (differentiable) and each one (M), in nats."""
-    device = batch.input_ids.device
-    with autocast(device, bf16 and model.head.dtype == torch.float32):  # bf16 weights need no casts
-        hidden = model.hidden(batch)[batch.target_positions]  # M C
-    if bf16:
-        hidden = hidden.to(torch.bfloat16)
-    return linear_cross_entropy(hidden, model.head, batch.target_ids)
+    return linear_cross_entropy(learned_states(model, batch, bf16), model.head, batch.target_ids)
 
 
 @torch.no_grad()

@@ -136,6 +136,7 @@ def _carry_split(
     """
     borders = tokens.borders
     lengths, keep = np.diff(borders), np.ones(len(tokens), bool)
+    together = 2 if tokens.pairs else 1  # the two answers to one question stay or go together
     changed = targets = 0
     place.mkdir()
     with (
@@ -150,22 +151,28 @@ def _carry_split(
             mask_file.write(mask.astype(np.uint8).tobytes())
             targets += int(mask.sum())
 
-        for first, last in _groups(borders):
+        for first, last in _groups(borders, together):
             start, end = int(borders[first]), int(borders[last])
             ids, mask = translate.ids(tokens.ids[start:end]), tokens.mask[start:end]
             # The last border at or before a token is where its sample begins, empty samples passed over.
             outside = np.searchsorted(borders, start + np.flatnonzero(ids < 0), side="right") - 1
             done = start
-            for number in np.unique(outside).tolist():
-                begin, behind = int(borders[number]), int(borders[number + 1])
+            for unit in np.unique(outside // together).tolist():
+                numbers = slice(unit * together, (unit + 1) * together)
+                begin, behind = int(borders[numbers.start]), int(borders[numbers.stop])
                 write(ids[done - start : begin - start], mask[done - start : begin - start])
-                again = translate.anew(tokens.ids[begin:behind], tokens.mask[begin:behind])
-                if again is None or len(again[0]) > tokens.max_seq_length:
-                    keep[number] = False
+                anew = [
+                    translate.anew(tokens.ids[one:end], tokens.mask[one:end])
+                    for one, end in itertools.pairwise(borders[numbers.start : numbers.stop + 1].tolist())
+                ]
+                fitting = [again for again in anew if again and len(again[0]) <= tokens.max_seq_length]
+                if len(fitting) < together:
+                    keep[numbers] = False
                 else:
-                    write(*again)
-                    lengths[number] = len(again[0])
-                    changed += 1
+                    for again in fitting:
+                        write(*again)
+                    lengths[numbers] = [len(again[0]) for again in fitting]
+                    changed += len(np.intersect1d(outside, np.arange(numbers.start, numbers.stop)))
                 done = behind
             write(ids[done - start :], mask[done - start :])
             bar.advance(last - first)
@@ -173,12 +180,12 @@ def _carry_split(
     return keep, changed, targets
 
 
-def _groups(borders: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Ranges of samples that hold about `_GROUP_TOKENS` together."""
+def _groups(borders: NDArray[np.int64], multiple: int) -> Iterator[tuple[int, int]]:
+    """Ranges of samples that hold about `_GROUP_TOKENS` together, each a multiple of `multiple` samples."""
     first, num_samples = 0, len(borders) - 1
     while first < num_samples:
         last = int(np.searchsorted(borders, borders[first] + _GROUP_TOKENS, side="right")) - 1
-        last = min(max(last, first + 1), num_samples)
+        last = min(max(last - last % multiple, first + multiple), num_samples)
         yield first, last
         first = last
 

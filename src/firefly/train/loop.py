@@ -23,24 +23,23 @@ from typing import Any
 
 import torch
 
-from firefly.console import progress, say, warn, watched
+from firefly.console import progress, say, warn
 from firefly.data.chatformat import open_format
-from firefly.data.loader import Batch, TrainingStream, in_order
+from firefly.data.loader import Batch, TrainingStream
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import Tokens
 from firefly.errors import CheckpointError, DiskFullError, Interrupted, ModelError, TrainingError
 from firefly.files import sha256_file, sha256_json, write_atomic, write_json
+from firefly.model.adapters import load_for_training, merge_adapter, save_adapter
 from firefly.model.compiled import compile_layers
 from firefly.model.families import CausalModel, transformers_model
-from firefly.model.load import load_model, num_parameters, read_config, save_model, stored_dtype
-from firefly.model.packed import PackedInput
-from firefly.model.score import batch_loss, loss_by_kind
+from firefly.model.load import num_parameters, read_config, save_model, stored_dtype
 from firefly.model.shards import weight_files
 from firefly.recipe import Recipe, TrainSection
 from firefly.train.checkpoint import TrainState, load_checkpoint, newest_sound, save_checkpoint
 from firefly.train.curves import Metrics, note
 from firefly.train.devices import peak_flops, peak_memory_bytes, training_flops
-from firefly.train.objectives import LEARNS_EVERY_TOKEN
+from firefly.train.objectives import Objective, make_objective, training_stream
 from firefly.train.optim import learning_rate_at, make_optimizer
 from firefly.train.plan import num_steps, require_room, try_largest_batch
 from firefly.train.reporters import open_reporters, require_reporters
@@ -88,19 +87,13 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     bf16 = (
         bf16_weights or section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
     )
-    torch.manual_seed(section.seed)
+    torch.manual_seed(section.seed)  # adapters begin with random numbers, and dropout draws them
 
     tokenizer = ModelTokenizer.load(model_dir)
     data = Tokens.open(tokens_dir, "train", tokenizer.sha256)
     held_out = Tokens.open(tokens_dir, "validation", tokenizer.sha256)
     chat_format = open_format(recipe.data.chat_format, tokenizer)
-    stream = TrainingStream(
-        data,
-        section.per_device_train_batch_size,
-        section.seed,
-        LEARNS_EVERY_TOKEN[section.objective],
-        recipe.data.pack_length,
-    )
+    stream = training_stream(recipe, data)
     if recipe.data.pack_length is not None:
         say(f"train: {stream.num_units:,} rows an epoch, {stream.efficiency:.2%} of their slots real tokens")
     total_steps = num_steps(section, stream.num_units)
@@ -112,21 +105,32 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
 
     if section.check:
         require_room(recipe, read_config(model_dir), data, held_out, run)
-    model = load_model(model_dir, device, torch.bfloat16 if bf16_weights else torch.float32)
+    model = load_for_training(model_dir, section, device, bf16)
     if len(model.head) <= tokenizer.highest_id:
         raise ModelError(
             f"{model_dir} has {len(model.head)} embedding rows and its tokenizer the id {tokenizer.highest_id}; "
             "they are not of one model."
         )
     model.checkpoint_every = section.gradient_checkpointing
-    names = dict(transformers_model(model).named_parameters())  # a tied matrix once
+    every = transformers_model(model).named_parameters()  # a tied matrix once
+    names = {name: parameter for name, parameter in every if parameter.requires_grad}
+    num_learning = sum(parameter.numel() for parameter in names.values())
+    if section.method != "full":
+        say(
+            f"train: {section.method} adapters, {num_learning:,} of {num_parameters(model):,} parameters learn"
+        )
     compiled = section.compile and compile_layers(model, device)
     optimizer = make_optimizer(names.values(), section, compiled)
 
     fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps, recipe.data.pack_length)
+    num_batches = total_steps * section.gradient_accumulation_steps
+    cache = run / "reference.safetensors"
+    objective = make_objective(
+        section, model, stream, num_batches, held_out, cache, fingerprint, device, bf16
+    )
     state = _start_or_resume(recipe, run, names, optimizer, fingerprint, device)
     if section.check and state.step < total_steps:
-        try_largest_batch(model, optimizer, stream, total_steps * section.gradient_accumulation_steps, bf16)
+        try_largest_batch(model, optimizer, objective, stream, num_batches)
     packed = recipe.data.pack_length
     window = Window(state.window, data, device, packed and packed * section.per_device_train_batch_size)
     scale = _Scale.of(model, device, stream.num_units, total_steps, section)
@@ -146,7 +150,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
             rate = learning_rate_at(state.step, total_steps, section)
             batches = _micro_batches(stream, state.step, section.gradient_accumulation_steps)
             loss_sum, norm = _backward(
-                model, optimizer, batches, device, bf16, section.max_grad_norm, data, window
+                model, optimizer, objective, batches, device, section.max_grad_norm, data, window
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -168,7 +172,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
                 bar.advance(1)
             last = state.step == total_steps
             if last or (section.eval_steps and state.step % section.eval_steps == 0):
-                metrics.write({"step": state.step, "validation": validate(model, held_out, device, bf16)})
+                metrics.write({"step": state.step, "validation": objective.validate(model, held_out, device)})
             if last or stop.asked or state.step >= next_save:
                 next_save = _next_save(state.step, section.save_steps)
                 state.window = window.state()
@@ -186,7 +190,14 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
                     )
 
     export_dtype = stored_dtype(model_dir)
-    save_model(model, model_dir, out, chat_format.template, export_dtype, chat_format.stop_ids)
+    if section.method == "full":
+        save_model(model, model_dir, out, chat_format.template, export_dtype, chat_format.stop_ids)
+    else:
+        adapter = out.with_name("adapter")
+        save_adapter(model, adapter, chat_format.template, chat_format.stop_ids)
+        optimizer.state.clear()
+        model.to("cpu")
+        merge_adapter(model_dir, adapter, out)
     rows = metrics.rows()
     losses = [row["loss"] for row in rows if "loss" in row]
     return TrainResult(
@@ -231,24 +242,12 @@ def _start_or_resume(
     return state
 
 
-def validate(
-    model: CausalModel, tokens: Tokens, device: torch.device, bf16: bool = False
-) -> dict[str, dict[str, float]]:
-    """Held-out loss per task and in `all`: `loss` in nats a token, and `bits_per_byte` of the learned text.
-
-    Bits per byte do not depend on the vocabulary, so they compare models with different tokenizers.
-    """
-    kinds = [tokens.kind_names[kind] for kind in tokens.kinds]
-    batches = watched(in_order(tokens), "validate", len(tokens.ids), "tokens", lambda one: len(one.input_ids))
-    return loss_by_kind(model, batches, kinds, tokens.target_bytes.tolist(), device, bf16)
-
-
 def _backward(
     model: CausalModel,
     optimizer: torch.optim.Optimizer,
+    objective: Objective,
     batches: list[Batch],
     device: torch.device,
-    bf16: bool,
     max_norm: float,
     data: Tokens,
     window: Window,
@@ -259,21 +258,21 @@ def _backward(
     stop the run before the update. It costs the device the time to begin the next step, far below a millisecond.
     """
     model.train()
-    num_targets = sum(len(batch.target_ids) for batch in batches)
-    if num_targets == 0:
+    if sum(len(batch.target_ids) for batch in batches) == 0:
         raise TrainingError(f"{_samples(batches, data)}: no token to learn in this batch; check the dataset.")
+    count = sum(len(objective.units(batch)) for batch in batches)
     total = torch.zeros((), device=device)
     for batch in batches:
-        loss, losses = batch_loss(model, PackedInput.of(batch, device), bf16)
-        window.add_batch(batch, losses)
-        torch.autograd.backward(loss / num_targets)
-        total += loss.detach()
+        loss = objective.loss(model, batch, device)
+        window.add_batch(batch, objective.units(batch), loss.each, loss.others)
+        torch.autograd.backward(loss.total / count)
+        total += loss.total.detach()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     loss_sum, norm = torch.stack([total, norm.to(total.dtype)]).tolist()
     if not math.isfinite(loss_sum + norm):
         raise TrainingError(
-            f"The loss is {loss_sum / num_targets} and the gradient norm {norm}; stopped before the update. "
+            f"The loss is {loss_sum / count} and the gradient norm {norm}; stopped before the update. "
             f"{_samples(batches, data)}. Look at these samples, lower train.learning_rate, "
             "or use precision = 'float32'; then run again to go on from the last checkpoint."
         )

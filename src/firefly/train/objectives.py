@@ -1,11 +1,224 @@
-"""What is learned: which tokens of a sample carry the loss.
+"""What is learned, and what the loss is divided by.
 
-`sft` learns the answers, as the chat format marked them; `pretrain` learns every token that has a predecessor.
-Method, objective and parallelism are three independent choices of one loop; a new objective is one row here.
+    sft       the answers, as the chat format marked them       mean over learned tokens
+    pretrain  every token that has a predecessor                mean over learned tokens
+    dpo       to prefer the chosen answer to the rejected one   mean over pairs      Rafailov et al. 2023
+
+Method, objective and parallelism are three independent choices of one loop; a new objective is one class here.
+DPO's reference is the base as training finds it: it is asked once, before the first step, for the log-probability of
+every answer that training will use, so no second model is kept and every method can have it.
 """
 
 from __future__ import annotations
 
-from firefly.recipe import Kind
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
-LEARNS_EVERY_TOKEN: dict[Kind, bool] = {"sft": False, "pretrain": True}
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn import functional as F
+
+from firefly.console import progress, watched
+from firefly.data.loader import Batch, TrainingStream, in_order
+from firefly.data.tokens import Tokens
+from firefly.files import write_atomic
+from firefly.model.families import CausalModel
+from firefly.model.loss import linear_cross_entropy
+from firefly.model.packed import PackedInput
+from firefly.model.score import batch_loss, learned_states, loss_by_kind
+from firefly.recipe import Recipe, TrainSection
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a batch: its differentiable sum, that of each unit [U], and sums of other figures over the units."""
+
+    total: Tensor
+    each: Tensor
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What the loop asks of an objective."""
+
+    def units(self, batch: Batch) -> NDArray[np.int64]:
+        """What the loss is a sum over, learned tokens or pairs: for each, its sample's place in the batch [U]."""
+        ...
+
+    def loss(self, model: CausalModel, batch: Batch, device: torch.device) -> Loss:
+        """The loss of a batch, differentiable."""
+        ...
+
+    def validate(self, model: CausalModel, tokens: Tokens, device: torch.device) -> Scores:
+        """Held-out scores by kind and in `all`; `loss` is one of them."""
+        ...
+
+
+class NextToken:
+    """sft and pretrain: cross-entropy of the learned tokens, in nats."""
+
+    def __init__(self, bf16: bool) -> None:
+        self.bf16 = bf16
+
+    def units(self, batch: Batch) -> NDArray[np.int64]:
+        """Learned tokens."""
+        return batch.target_samples
+
+    def loss(self, model: CausalModel, batch: Batch, device: torch.device) -> Loss:
+        """The sum over learned tokens."""
+        return Loss(*batch_loss(model, PackedInput.of(batch, device), self.bf16))
+
+    def validate(self, model: CausalModel, tokens: Tokens, device: torch.device) -> Scores:
+        """`loss` in nats a token and `bits_per_byte` of the learned text.
+
+        Bits per byte do not depend on the vocabulary, so they compare models with different tokenizers.
+        """
+        kinds = [tokens.kind_names[kind] for kind in tokens.kinds]
+        return loss_by_kind(model, _watched(tokens), kinds, tokens.target_bytes.tolist(), device, self.bf16)
+
+
+class Preference:
+    """dpo: −log σ(margin), margin = β · (log-ratio of the chosen answer − that of the rejected one).
+
+    A log-ratio is log p(answer) under the model less that under the reference. `reference` and `held_out` are the
+    reference's log-probabilities of the samples of the two splits [N].
+    """
+
+    def __init__(self, beta: float, reference: Tensor, held_out: Tensor, bf16: bool) -> None:
+        self.beta, self.reference, self.held_out, self.bf16 = beta, reference, held_out, bf16
+
+    def units(self, batch: Batch) -> NDArray[np.int64]:
+        """Pairs, by their chosen answers."""
+        return np.arange(0, len(batch.sample_ids), 2)
+
+    def loss(self, model: CausalModel, batch: Batch, device: torch.device) -> Loss:
+        """The sum over pairs, and sums of `reward_accuracy` and `reward_margin`.
+
+        Its gradient is that of the answers' cross-entropy with the factor β · σ(−margin) for the chosen and the
+        opposite for the rejected one. So the head runs twice, and the logits are never there all at once.
+        """
+        packed = PackedInput.of(batch, device)
+        states = learned_states(model, packed, self.bf16)
+        with torch.no_grad():
+            _, each = linear_cross_entropy(states, model.head, packed.target_ids)
+            margins = self._margins(_sample_log_probs(batch, each), batch.sample_ids, self.reference)
+            pull = self.beta * torch.sigmoid(-margins)  # one a pair
+            weights = torch.stack([pull, -pull], dim=1).flatten()  # one a sample
+            weights = weights[torch.from_numpy(batch.target_samples).to(device)]
+            each = F.softplus(-margins)
+        slope, _ = linear_cross_entropy(states, model.head, packed.target_ids, weights)
+        return Loss(slope + (each.sum() - slope.detach()), each, _rewards(margins))
+
+    @torch.no_grad()
+    def validate(self, model: CausalModel, tokens: Tokens, device: torch.device) -> Scores:
+        """`loss`, `reward_accuracy` and `reward_margin` of the held-out pairs."""
+        was_training = model.training
+        model.eval()
+        kinds = [tokens.kind_names[kind] for kind in tokens.kinds]
+        rows: dict[str, list[list[float]]] = {}
+        for batch in _watched(tokens, pairs=True):
+            log_probs = _log_probs(model, batch, device, self.bf16)
+            margins = self._margins(log_probs, batch.sample_ids, self.held_out)
+            for number, margin in zip(batch.sample_ids[::2], margins, strict=True):
+                row = [float(F.softplus(-margin)), float(margin > 0), float(margin)]
+                for name in (kinds[number], "all"):
+                    rows.setdefault(name, []).append(row)
+        model.train(was_training)
+        names = ("loss", "reward_accuracy", "reward_margin")
+        return {
+            kind: dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
+            for kind, found in sorted(rows.items())
+        }
+
+    def _margins(self, log_probs: Tensor, sample_ids: list[int], reference: Tensor) -> Tensor:
+        """Log-probabilities of chosen and rejected answers in turn [2P] → margins [P]."""
+        ratios = log_probs - reference[sample_ids].to(log_probs.device)
+        return self.beta * (ratios[0::2] - ratios[1::2])
+
+
+def _watched(tokens: Tokens, pairs: bool = False) -> Iterator[Batch]:
+    """Every sample once, with progress."""
+    return watched(
+        in_order(tokens, pairs=pairs), "validate", len(tokens.ids), "tokens", lambda one: len(one.input_ids)
+    )
+
+
+def _rewards(margins: Tensor) -> dict[str, Tensor]:
+    return {"reward_accuracy": (margins > 0).float().sum(), "reward_margin": margins.sum()}
+
+
+def _sample_log_probs(batch: Batch, each: Tensor) -> Tensor:
+    """Losses of the learned tokens [M] → log-probability of each sample's learned text [N]."""
+    samples = torch.from_numpy(batch.target_samples).to(each.device)
+    return torch.zeros(len(batch.sample_ids), device=each.device).index_add_(0, samples, -each)
+
+
+def _log_probs(model: CausalModel, batch: Batch, device: torch.device, bf16: bool) -> Tensor:
+    return _sample_log_probs(batch, batch_loss(model, PackedInput.of(batch, device), bf16)[1])
+
+
+def training_stream(recipe: Recipe, tokens: Tokens) -> TrainingStream:
+    """The batches that a recipe trains on; raises `InputError` where the tokens have no pairs and dpo needs them."""
+    train = recipe.train
+    return TrainingStream(
+        tokens,
+        train.per_device_train_batch_size,
+        train.seed,
+        learn_everything=train.objective == "pretrain",
+        pack_length=recipe.data.pack_length,
+        pairs=train.objective == "dpo",
+    )
+
+
+def make_objective(
+    section: TrainSection,
+    model: CausalModel,
+    stream: TrainingStream,
+    num_batches: int,
+    held_out: Tokens,
+    cache: Path,
+    fingerprint: str,
+    device: torch.device,
+    bf16: bool,
+) -> Objective:
+    """The objective of a recipe; `model` must still be the untrained base.
+
+    For dpo the reference is asked about the first `num_batches` of `stream` and all of `held_out`. Its answers are kept
+    in the file `cache`, for a run that goes on: reading them must give the very bits.
+    """
+    if section.objective != "dpo":
+        return NextToken(bf16)
+    found = _read_reference(cache, fingerprint)
+    if found is None:
+        used = {one for number in range(num_batches) for one in stream.sample_ids(number)}
+        found = {}
+        for name, tokens, among in (("train", stream.tokens, used), ("validation", held_out, None)):
+            found[name] = torch.zeros(len(tokens))
+            with progress(f"reference {name}", len(among or tokens), "answers") as bar:
+                for batch in in_order(tokens, pairs=True, among=among):
+                    model.eval()
+                    with torch.no_grad():
+                        found[name][batch.sample_ids] = _log_probs(model, batch, device, bf16).cpu()
+                    bar.advance(len(batch.sample_ids))
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache, save(found, metadata={"fingerprint": fingerprint}))
+    return Preference(section.dpo_beta, found["train"], found["validation"], bf16)
+
+
+def _read_reference(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:
+    """What `cache` holds, if it is sound and belongs to this run."""
+    try:
+        with safe_open(cache, framework="pt") as stored:
+            if (stored.metadata() or {}).get("fingerprint") == fingerprint:
+                return {name: stored.get_tensor(name) for name in ("train", "validation")}
+    except (SafetensorError, OSError):
+        pass
+    return None

@@ -25,13 +25,11 @@ from firefly.data.tokens import Tokens
 from firefly.errors import ModelError, TrainingError
 from firefly.files import free_disk_bytes
 from firefly.model.families import CausalModel, build, transformers_model
-from firefly.model.packed import PackedInput
-from firefly.model.score import batch_loss
 from firefly.recipe import Recipe, TrainSection
 from firefly.train.checkpoint import find_checkpoints
 from firefly.train.gpus import Device, this_device
 from firefly.train.memory import BatchShape, Memory, depth_of, predict_memory
-from firefly.train.objectives import LEARNS_EVERY_TOKEN
+from firefly.train.objectives import Objective, training_stream
 
 _USABLE_PEAK, _USABLE_BANDWIDTH = 0.5, 0.8
 _VALIDATION_TOKENS = 8192  # in one batch of `in_order`
@@ -154,15 +152,12 @@ def estimate_from(tokens_dir: Path) -> Estimate:
 def real_workload(recipe: Recipe, data: Tokens, held_out: Tokens) -> Workload:
     """What the recipe will train on, its largest batch looked up; samples beyond a lowered limit count as cut."""
     train, limit = recipe.train, recipe.data.max_seq_length
-    everything = LEARNS_EVERY_TOKEN[train.objective]
-    stream = TrainingStream(
-        data, train.per_device_train_batch_size, train.seed, everything, recipe.data.pack_length
-    )
+    stream = training_stream(recipe, data)
     steps = num_steps(train, stream.num_units)
     sizes = stream.batch_tokens(steps * train.gradient_accumulation_steps)
     largest = stream.batch(int(sizes.argmax()))
     cut = np.minimum(np.diff(largest.borders), limit)
-    share = 1.0 if everything else float(data.mask.mean())
+    share = 1.0 if stream.learn_everything else float(data.mask.mean())
     return Workload(
         source="tokens",
         num_units=stream.num_units,
@@ -182,7 +177,7 @@ def assumed_workload(recipe: Recipe) -> Workload:
     drawn = np.random.default_rng(0).lognormal(np.log(_ARTICLE["median"]), _ARTICLE["sigma"], _MOST_DRAWN)
     lengths = np.clip(drawn, min(_ARTICLE["shortest"], limit), limit).astype(np.int64)
     num_samples, batch = int(_ARTICLE["samples"]), train.per_device_train_batch_size
-    share = 1.0 if LEARNS_EVERY_TOKEN[train.objective] else _ARTICLE["target_share"]
+    share = 1.0 if train.objective == "pretrain" else _ARTICLE["target_share"]
     if most is not None:
         num_units = math.ceil(num_samples * lengths.mean() / most)
         sizes = np.asarray([batch * most])
@@ -363,7 +358,11 @@ def _gib(size: float) -> str:
 
 
 def try_largest_batch(
-    model: CausalModel, optimizer: torch.optim.Optimizer, stream: TrainingStream, num_batches: int, bf16: bool
+    model: CausalModel,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    stream: TrainingStream,
+    num_batches: int,
 ) -> None:
     """Run the batch with most tokens forward and backward and forget it: memory runs out now or never.
 
@@ -382,8 +381,7 @@ def try_largest_batch(
             moments = 0 if optimizer.state else 8 * sum(parameter.numel() for parameter in parameters)
             room = torch.empty(moments, dtype=torch.uint8, device=device)
             model.train()
-            loss, _ = batch_loss(model, PackedInput.of(batch, device), bf16)
-            torch.autograd.backward(loss / len(batch.target_ids))
+            torch.autograd.backward(objective.loss(model, batch, device).total / len(batch.target_ids))
             del room
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):

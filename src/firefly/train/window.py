@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from firefly.data.loader import Batch
@@ -18,7 +19,7 @@ from firefly.data.tokens import Tokens
 
 
 class Window:
-    """Sums over steps. K kinds of samples, M learned tokens of a batch."""
+    """Sums over steps. K kinds of samples, U units that the loss is a sum over: learned tokens, or pairs."""
 
     def __init__(
         self, stored: dict[str, Any], data: Tokens, device: torch.device, slots_per_batch: int | None = None
@@ -35,20 +36,30 @@ class Window:
         zeros = [0] * len(self.data.kind_names)
         self._loss, self._norm = stored.get("loss", 0.0), stored.get("grad_norm", 0.0)
         self._losses = torch.tensor(stored.get("losses", zeros), dtype=torch.float64, device=self.device)  # K
-        self._targets = np.asarray(stored.get("targets", zeros), np.int64)  # K
+        self._others = {
+            name: torch.tensor(value, dtype=torch.float64, device=self.device)
+            for name, value in stored.get("others", {}).items()
+        }
+        self._units = np.asarray(stored.get("units", zeros), np.int64)  # K
+        self._targets = stored.get("targets", 0)
         self._tokens, self._slots = stored.get("tokens", 0), stored.get("slots", 0)
         self._seconds = stored.get("seconds", 0.0)
 
-    def add_batch(self, batch: Batch, losses: Tensor) -> None:
-        """Count one micro-batch and the loss of each of its learned tokens (M), kind by kind."""
-        kinds = self.data.kinds[batch.sample_ids][batch.target_samples].astype(np.int64)  # M
-        self._targets += np.bincount(kinds, minlength=len(self._targets))
+    def add_batch(
+        self, batch: Batch, units: NDArray[np.int64], losses: Tensor, others: dict[str, Tensor]
+    ) -> None:
+        """Count one micro-batch: the loss of each unit [U], by the unit's place in the batch, and other sums."""
+        kinds = self.data.kinds[batch.sample_ids][units].astype(np.int64)  # U
+        self._units += np.bincount(kinds, minlength=len(self._units))
+        self._targets += len(batch.target_ids)
         self._tokens += len(batch.input_ids)
         self._slots += self.slots_per_batch or len(batch.input_ids)
         host = torch.from_numpy(kinds)
         here = host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
         # Not bincount or index_add: on CUDA the one waits for the device, the other adds in any order.
         self._losses += torch.where(self._kinds == here, losses.detach().double(), 0.0).sum(1)
+        for name, value in others.items():
+            self._others[name] = self._others.get(name, 0.0) + value.detach().double()
 
     def add_step(self, loss: float, norm: float, seconds: float) -> None:
         """Count one finished step: the sum of its losses, its gradient norm, and how long it took."""
@@ -62,7 +73,9 @@ class Window:
             "loss": self._loss,
             "losses": self._losses.tolist(),
             "grad_norm": self._norm,
-            "targets": self._targets.tolist(),
+            "others": {name: float(value) for name, value in self._others.items()},
+            "units": self._units.tolist(),
+            "targets": self._targets,
             "tokens": self._tokens,
             "slots": self._slots,
             "seconds": self._seconds,
@@ -74,12 +87,14 @@ class Window:
         sums = self.state()
         seconds = self._seconds + time.monotonic() - asked_s  # the wait for steps that were still under way
         self._open({})
-        by_kind = zip(self.data.kind_names, sums["losses"], sums["targets"], strict=True)
+        by_kind = zip(self.data.kind_names, sums["losses"], sums["units"], strict=True)
+        num_units = sum(sums["units"])
         row = {
-            "loss": sums["loss"] / sum(sums["targets"]),
+            "loss": sums["loss"] / num_units,
+            **{name: value / num_units for name, value in sums["others"].items()},
             "loss_by_kind": {name: loss / count for name, loss, count in by_kind if count},
             "grad_norm": sums["grad_norm"],
-            "target_tokens": sum(sums["targets"]),
+            "target_tokens": sums["targets"],
             "tokens": sums["tokens"],
             "padding_share": round(1 - sums["tokens"] / sums["slots"], 4),
         }
