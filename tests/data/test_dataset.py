@@ -63,6 +63,7 @@ def rejects_of(folder: Path) -> list[dict[str, Any]]:
     return [record for _, record in read_json_lines(folder / "rejects.jsonl.zst")]
 
 
+@pytest.mark.pictures
 def test_every_record_is_trained_on_held_out_or_rejected_with_its_reason(tmp_path: Path) -> None:
     records = [
         *idioms(50),
@@ -411,6 +412,7 @@ def test_records_with_other_field_names_and_folders_and_patterns(tmp_path: Path)
         assert result.train == 15
 
 
+@pytest.mark.pictures
 def test_length_summary_and_chart(tmp_path: Path) -> None:
     assert length_summary([]) == {"count": 0}
     summary = length_summary(range(1, 102))

@@ -268,5 +268,6 @@ def _transformers_attention(
         raise ModelError(
             "Attention dropout is not supported; set attention_dropout to 0 in the model's config.json."
         )
-    out = packed(*(one[0].transpose(0, 1) for one in (query, key, value)), scaling, sliding_window)
+    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))  # T H D, twice T G D
+    out = packed(query, key, value, scaling, sliding_window)
     return out[None], None  # 1 T H D
