@@ -23,10 +23,11 @@ from firefly.data.tokens import Tokens
 from firefly.errors import ModelError, OutputError, ProofError, RecipeError
 from firefly.files import sha256_file
 from firefly.model import adapters
-from firefly.model.load import load_model
+from firefly.model.load import load_model, num_parameters
 from firefly.model.packed import PackedInput
 from firefly.model.score import token_losses
 from firefly.recipe import Recipe, TrainSection
+from firefly.train.devices import training_flops
 from firefly.train.loop import train
 from tiny import recipe_table, save_model_dir, write_pairs, write_preferences
 
@@ -172,7 +173,9 @@ def test_any_method_takes_any_objective(
     made = Recipe.from_table(recipe_table(tmp_path, tiny("bloom"), tmp_path, **options))
     tokens = encoded["dpo" if objective == "dpo" else "sft"]
     train(made, tiny("bloom"), tokens, tmp_path / "run", tmp_path / "model")
-    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    written = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    ]
     held_out = [row["validation"]["all"]["loss"] for row in written if "validation" in row]
     assert held_out[-1] < held_out[0] - 0.02
     if objective == "dpo":
@@ -203,8 +206,10 @@ def test_four_bits_are_four_bits_and_validation_does_not_disturb_them(
     api.train(watched)
     assert [row["loss"] for row in rows(quiet.out)] == [row["loss"] for row in rows(watched.out)]
     held = {name: one for name, one in seen[0].named_parameters() if name.endswith("base_layer.weight")}
-    num_weights = 2 * 12 * 48 * 48
-    assert sum(one.numel() for one in held.values()) == num_weights / 2 and len(held) == 8
+    assert sum(one.numel() for one in held.values()) == 2 * 12 * 48 * 48 / 2 and len(held) == 8
+    as_lora = adapters.load_for_training(Path(quiet.model.base), TrainSection(method="lora"), CPU)
+    assert num_parameters(seen[0]) == num_parameters(as_lora)
+    assert training_flops(seen[0]) == training_flops(as_lora)
     assert all(one.dtype == torch.uint8 and not one.requires_grad for one in held.values())
 
 
@@ -231,7 +236,8 @@ def test_packing_pairs_changes_no_loss(recipe: Callable[..., Recipe]) -> None:
     assert rows(made.out)[1]["loss"] < 0.69
 
 
-@pytest.mark.parametrize(("method", "objective"), [("lora", "sft"), ("dora", "dpo"), ("full", "dpo"), ("qlora", "sft")]
+@pytest.mark.parametrize(
+    ("method", "objective"), [("lora", "sft"), ("dora", "dpo"), ("full", "dpo"), ("qlora", "sft")]
 )
 def test_a_stopped_run_goes_on_exactly(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, method: str, objective: str

@@ -140,7 +140,12 @@ def _restore_buffers(model: CausalModel, config: dict[str, Any], device: torch.d
 
 def num_parameters(model: CausalModel) -> int:
     """Parameters of a model, a tied matrix counted once."""
-    return sum({id(p): p.numel() for p in model.parameters()}.values())
+    return sum({id(p): num_weights(p) for p in model.parameters()}.values())
+
+
+def num_weights(parameter: Tensor) -> int:
+    """Weights that a parameter holds: of 4 bits there are two in a byte."""
+    return parameter.numel() * (1 if parameter.is_floating_point() else 2)
 
 
 def state_to_save(model: CausalModel) -> dict[str, Tensor]:
