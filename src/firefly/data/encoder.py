@@ -1,66 +1,35 @@
-"""The faster encoder: text is cut where no token can reach across, and each distinct piece is encoded once.
+"""The faster encoders, each used only where it proved to give the tokenizer's own ids.
 
-Byte-pair encoding builds no token that its vocabulary does not hold. So where no token holds the end of one
-character and the beginning of the next, no merge ever crosses from the one to the other, and both sides come out as
-if they stood alone: a *wall*. Chinese has walls every two or three characters, and the pieces between them are words
-and phrases, which come again and again: a dictionary answers for nearly all of them, and the tokenizer itself
-encodes the rest. Walls depend on the vocabulary alone, so they hold for every text.
+    kitoken   another library's byte-pair encoding, two to five times as fast on Chinese
+    pieces    the tokenizer itself, asked once for each distinct piece of text (pieces.py), nearly twice as fast
 
-The pre-tokenizer must also go on behind a cut as it would have without it. Cuts therefore lie only between plain
-characters, in combinations of them that the usual regular expressions treat so (`_CUTS`); that a tokenizer's does is
-proved before each run, on a sample of the very input and on adversarial text (`disagreement`), and audited during
-the run (see tokens.py). A text with an added token's name is never cut.
+Before a run (`fastest`) an encoder must give the tokenizer's ids for a sample of the very input and for adversarial
+text; during the run some blocks are encoded by both (see tokens.py). Two kinds of text never go to kitoken, because
+implementations may read them in different ways: text with unusual characters (libraries carry different versions of
+Unicode, which decide about combining marks and letters), and text with a special token's name.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
-from itertools import pairwise, product
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-
+from firefly.data.pieces import PieceEncoder
 from firefly.data.tokenizer import ModelTokenizer
 
-_HAN, _LETTER, _DIGIT, _SPACE, _LINE, _MARK = range(1, 7)  # 0: any other character, never beside a cut
-_MEMBERS = {
-    _HAN: "".join(map(chr, range(0x4E00, 0x9FA6))),
-    _LETTER: "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ",
-    _DIGIT: "0123456789",
-    _SPACE: " ",
-    _LINE: "\n",
-    # without ' and /, which pre-tokenizers treat in ways of their own
-    _MARK: '!"#$%&()*+,-.:;<=>?@[\\]^_`{|}~，。、；：？！…“”《》（）「」『』【】—',
-}
-_CUTS = {
-    _HAN: (_HAN, _LETTER, _DIGIT, _MARK, _SPACE, _LINE),
-    _LETTER: (_HAN, _DIGIT, _MARK, _SPACE, _LINE),
-    _DIGIT: (_HAN, _LETTER, _MARK, _SPACE, _LINE),
-    _MARK: (_HAN, _LETTER, _DIGIT, _SPACE),
-    _LINE: (_HAN, _LETTER, _DIGIT, _MARK),
-}
-"""Which kind of character may stand behind a cut that follows the key's kind."""
-
-_SPACE_SIGN = "\u2581"  # how tokenizers with byte fallback write a space
-_TABLE_BITS = 22
-_KNOWN_CHARACTERS = 1 << 20  # in the dictionary of pieces; with their ids about 60 MB
-
-_KINDS = np.zeros(1 << 16, np.uint8)  # of a character by its code point; beyond these all are others
-_MAY_CUT = np.zeros((len(_MEMBERS) + 1, len(_MEMBERS) + 1), bool)
-for _kind, _members in _MEMBERS.items():
-    _KINDS[[*map(ord, _members)]] = _kind
-    _MAY_CUT[_kind, list(_CUTS.get(_kind, ()))] = True
-_PLAIN = "".join(_MEMBERS.values())
-_WIDE = np.asarray([ord(one) for one in _PLAIN if len(one.encode()) == 3], np.uint32)
-_WIDE_BYTES = np.frombuffer("".join(map(chr, _WIDE)).encode(), np.uint8).reshape(-1, 3)
-
-# How byte-level tokenizers write bytes: those that are visible in Latin-1 as that character, the others from U+0100 on.
-_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_BYTES = {256 + number: byte for number, byte in enumerate(sorted({*range(256)} - _VISIBLE))}
+# Characters that every version of Unicode since 6.0 agrees on and that never combine with their neighbours.
+_ORDINARY = re.compile(
+    "[\t\n\r -~\u00a0-\u024f\u0391-\u03a1\u03a3-\u03ff\u0400-\u0481\u048a-\u0523\u200d\u2010-\u2027\u2030-\u205e"
+    "\u2070\u2071\u2074-\u208e\u20a0-\u20b8\u2100-\u2188\u2190-\u23f3\u2460-\u26ce\u2701-\u27bf\u2e80-\u2e99"
+    "\u3000-\u3029\u3030-\u303f\u3041-\u3096\u309b-\u30ff\u3105-\u312d\u3200-\u321e\u3220-\u33ff\u3400-\u4db5"
+    "\u4e00-\u9fcb\uac00-\ud7a3\ufe0f\ufe30-\ufe52\uff01-\uff9f\uffe0-\uffe6"
+    "\U0001f300-\U0001f320\U0001f330-\U0001f335\U0001f400-\U0001f43e\U0001f600-\U0001f640\U0001f680-\U0001f6c5"
+    "\U00020000-\U0002a6d6]*"
+)
 
 PROBES = (
     "",
@@ -83,151 +52,77 @@ PROBES = (
 )
 
 
-class FastEncoder:
-    """Gives the tokenizer's ids for many texts, and asks it only for pieces that it has not met yet."""
-
-    def __init__(self, tokenizer: ModelTokenizer) -> None:
-        """Raises `ValueError` for a tokenizer that is not plain byte-pair encoding."""
-        model = tokenizer.rust.model
-        if not isinstance(model, BPE):
-            raise ValueError("its model is not byte-pair encoding")
-        if model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix:
-            raise ValueError("it has random merges, or marks inside words")
-        normalizer, plain = tokenizer.rust.normalizer, f" {_PLAIN} "
-        if normalizer is not None and normalizer.normalize_str(plain).replace(_SPACE_SIGN, " ") != plain:
-            raise ValueError("it changes plain characters before it reads them")
-        self.tokenizer = tokenizer
-        self._joined = _joined(tokenizer)
-        names = list(filter(None, tokenizer.added_tokens()))
-        self._openers = {name[0] for name in names}
-        self._names = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self._known: dict[str, bytes] = {}
-        self._known_characters = 0
-        self._doubtful: set[str] = (
-            set()
-        )  # known pieces that stand for themselves otherwise than in a longer text
+class Encoder(Protocol):
+    """Encodes many texts at once, each to what `ModelTokenizer.encode_packed` gives."""
 
     def encode_many(self, texts: list[str]) -> list[bytes]:
-        """The ids of each text, as `ModelTokenizer.encode_packed` gives them."""
-        kept_whole = [self._holds_name(text) for text in texts]
-        if not any(kept_whole):
-            return self._encode(texts)
-        pairs = list(zip(texts, kept_whole, strict=True))
-        uncut = iter(self.tokenizer.encode_packed([text for text, whole in pairs if whole]))
-        cut = iter(self._encode([text for text, whole in pairs if not whole]))
-        return [next(uncut if whole else cut) for whole in kept_whole]
-
-    def _holds_name(self, text: str) -> bool:
-        return any(map(text.__contains__, self._openers)) and self._names.search(text) is not None
-
-    def _encode(self, texts: list[str]) -> list[bytes]:
-        pieces, borders = self.pieces(texts)
-        found = self._look_up(pieces)
-        encoded = [b"".join(found[start:end]) for start, end in pairwise(borders)]
-        if self._doubtful:
-            for number, (start, end) in enumerate(pairwise(borders)):
-                if not self._doubtful.isdisjoint(pieces[start:end]):
-                    (encoded[number],) = self.tokenizer.encode_packed([texts[number]])
-        return encoded
-
-    def pieces(self, texts: list[str]) -> tuple[list[str], list[int]]:
-        """All texts cut at walls; those of text i are pieces[borders[i] : borders[i + 1]]."""
-        whole = "".join(texts)
-        characters = np.minimum(np.frombuffer(whole.encode("utf-32-le", "surrogatepass"), np.uint32), 0xFFFF)
-        kinds = _KINDS[characters]
-        ends = np.cumsum([0, *map(len, texts)])
-        is_cut = np.zeros(len(whole) + 1, bool)
-        is_cut[1:-1] = _MAY_CUT[kinds[:-1], kinds[1:]]
-        is_cut[1:-1] &= ~self._joined[_slot(characters[:-1], characters[1:])]
-        is_cut[ends] = True
-        cuts = np.flatnonzero(is_cut)
-        pieces = [whole[start:end] for start, end in pairwise(cuts.tolist())]
-        return pieces, np.searchsorted(cuts, ends).tolist()
-
-    def _look_up(self, pieces: list[str]) -> list[bytes]:
-        """The ids of each piece; new ones are encoded and remembered."""
-        found = list(map(self._known.get, pieces))
-        missing = [number for number, ids in enumerate(found) if ids is None]
-        if missing:
-            if self._known_characters > _KNOWN_CHARACTERS:
-                self._known.clear()
-                self._doubtful.clear()
-                self._known_characters = 0
-            new = list({pieces[number]: None for number in missing})
-            self._known.update(zip(new, self._encode_new(new), strict=True))
-            self._known_characters += sum(map(len, new))
-            for number in missing:
-                found[number] = self._known[pieces[number]]
-        return found  # type: ignore[return-value]
-
-    def _encode_new(self, pieces: list[str]) -> list[bytes]:
-        encoded = self.tokenizer.encode_packed(pieces)
-        model = self.tokenizer.rust.model
-        if model.ignore_merges:  # some tokens come only where they are a whole word, not by merges
-            model.ignore_merges = False
-            try:
-                merged = self.tokenizer.encode_packed(pieces)
-            finally:
-                model.ignore_merges = True
-            triples = zip(pieces, encoded, merged, strict=True)
-            self._doubtful.update(piece for piece, alone, inside in triples if alone != inside)
-        return encoded
+        """The ids of each text, nothing added; the names of special tokens stay text."""
 
 
-def _joined(tokenizer: ModelTokenizer) -> NDArray[np.bool_]:
-    """For each pair of plain characters, at its `_slot`, whether some token may hold both or a part of both.
+class KitokenEncoder:
+    """Encodes ordinary text with kitoken and the rest with the tokenizer itself."""
 
-    Pairs share slots, so it may say yes where the answer is no: then there is a cut less, and no token is wrong.
-    """
-    vocabulary = tokenizer.rust.get_vocab(with_added_tokens=False)
-    text = "\0".join(vocabulary)
-    if all(symbol in vocabulary for symbol in ByteLevel.alphabet()):
-        # A broken character comes out as a lone surrogate a byte.
-        text = text.translate(_BYTES).encode("latin-1", "replace").decode("utf-8", "surrogateescape")
-    else:
-        text = text.replace(_SPACE_SIGN, " ")
-    characters = np.minimum(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), 0xFFFF)
-    joined = np.zeros(1 << _TABLE_BITS, bool)
-    joined[_slot(characters[:-1], characters[1:])] = True
-    for lefts, rights in _broken_pairs(text):
-        joined[_slot(lefts[:, None], rights)] = True
-    return joined
+    def __init__(self, tokenizer: ModelTokenizer) -> None:
+        """Raises `ValueError` when kitoken cannot read the tokenizer."""
+        from kitoken import Kitoken
 
+        self.tokenizer = tokenizer
+        try:
+            self._quick = Kitoken.from_tokenizers_file(str(tokenizer.path))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic in Rust is no Exception
+            raise ValueError(str(error)) from None
+        names = tokenizer.special_names()
+        self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self._openers = {name[0] for name in names if name}
 
-def _slot(lefts: NDArray[np.uint32], rights: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The place of pairs of characters in the table of `_joined`: a multiplicative hash."""
-    mixed = (lefts * np.uint32(65599) + rights) * np.uint32(2654435761)
-    return mixed >> np.uint32(32 - _TABLE_BITS)
+    def encode_many(self, texts: list[str]) -> list[bytes]:
+        """The ids of each text, nothing added; the names of special tokens stay text."""
+        quick = [self._is_ordinary(text) for text in texts]
+        if all(quick):
+            return self._encode_quick(texts)
+        ordinary = iter(self._encode_quick([text for text, fits in zip(texts, quick, strict=True) if fits]))
+        rest = iter(
+            self.tokenizer.encode_packed([text for text, fits in zip(texts, quick, strict=True) if not fits])
+        )
+        return [next(ordinary if fits else rest) for fits in quick]
 
+    def _encode_quick(self, texts: list[str]) -> list[bytes]:
+        return [array("I", ids).tobytes() for ids in self._quick.encode_all(texts, False)]
 
-def _broken_pairs(text: str) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.uint32]]]:
-    """For tokens that begin or end inside a character: what may stand on either side of a border in them."""
-    for match in re.finditer("([^\0\udc80-\udcff]?)([\udc80-\udcff]+)(?=([^\0]?))", text):
-        before, broken, behind = match[1], match[2].encode("utf-8", "surrogateescape"), match[3]
-        for start in (place for place, byte in enumerate(broken) if byte >= 0xC0):  # a character begins here
-            lefts = _ending(broken[:start]) if start else _alone(before)
-            yield lefts, _WIDE[(_WIDE_BYTES[:, : len(broken) - start] == [*broken[start:]]).all(axis=1)]
-        if behind:
-            yield _ending(broken), _alone(behind)
-
-
-def _ending(end: bytes) -> NDArray[np.uint32]:
-    """The plain characters whose UTF-8 ends with these bytes."""
-    return _WIDE[(_WIDE_BYTES[:, -len(end) :] == [*end]).all(axis=1)] if len(end) < 3 else _WIDE[:0]
+    def _is_ordinary(self, text: str) -> bool:
+        if any(map(text.__contains__, self._openers)) and self._special.search(text):
+            return False
+        return _ORDINARY.fullmatch(text) is not None
 
 
-def _alone(character: str) -> NDArray[np.uint32]:
-    return np.asarray([*map(ord, character)], np.uint32)
+ENCODERS: Mapping[str, Callable[[ModelTokenizer], Encoder]] = {
+    "kitoken": KitokenEncoder,
+    "pieces": PieceEncoder,
+}
+"""The faster encoders by name, the fastest first."""
 
 
-def disagreement(tokenizer: ModelTokenizer, texts: Sequence[str]) -> str | None:
-    """Why the faster encoder must not be used for texts like these, or None: it proved to be the same.
+def fastest(tokenizer: ModelTokenizer, texts: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The first encoder that proves itself on texts like these, and why others did not."""
+    refused: dict[str, str] = {}
+    for name in ENCODERS:
+        reason = disagreement(name, tokenizer, texts)
+        if reason is None:
+            return name, refused
+        refused[name] = reason
+    return None, refused
+
+
+def disagreement(name: str, tokenizer: ModelTokenizer, texts: Sequence[str]) -> str | None:
+    """Why the encoder of that name must not be used for texts like these, or None: it proved to be the same.
 
     Compared are `texts`, `PROBES`, made-up mixtures of the characters of both, tokens in random order, and every
     order of four kinds of characters.
     """
     try:
-        fast = FastEncoder(tokenizer)
+        fast = ENCODERS[name](tokenizer)
         made = [*texts, *PROBES, *_mixtures(texts), *_strings_of_tokens(tokenizer)]
         made += map("".join, product("的aB1 \n，.'", repeat=4))
         for text, quick, slow in zip(
