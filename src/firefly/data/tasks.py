@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 
 from firefly.data.example import Example
 from firefly.errors import InputError, choices
+from firefly.files import sha256_file
 
 TASKS_DIR = Path(__file__).parent / "tasks"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -165,6 +166,14 @@ def load_tasks(folder: Path = TASKS_DIR) -> Mapping[str, Task]:
                 raise InputError(f"{path}: the template '{template}' is also in {places[template]}.")
             places[template] = path
     return {loaded.kind: loaded for loaded in tasks.values()}
+
+
+def task_files_mark(kinds: Collection[str]) -> list[Any]:
+    """What a dataset of these tasks takes from the task files: their contents, and the weights of the others."""
+    names = sorted({task(kind).kind.lower() for kind in kinds})
+    contents = [sha256_file(TASKS_DIR / f"{name}.toml") for name in names]
+    weights = {kind: known.weight for kind, known in load_tasks().items() if known.weight != 1}
+    return [contents, weights]
 
 
 def task(kind: str) -> Task:
