@@ -82,6 +82,18 @@ def predict_memory(
     device_kind: str,
 ) -> Memory:
     """The peak over training steps of `batch`, the largest one, and over validation batches of `held_out`."""
+    return memory_at_peak(walk_phases(config, train, batch, held_out, bf16, device_kind), device_kind)
+
+
+def walk_phases(
+    config: dict[str, Any],
+    train: TrainSection,
+    batch: BatchShape,
+    held_out: BatchShape | None,
+    bf16: bool,
+    device_kind: str,
+) -> list[Counter[str]]:
+    """Bytes in tensors by what they are for, at the peak of every phase of a step."""
     num_layers = depth_of(config)
     every = max(1, train.gradient_checkpointing)
     depths = (_DEPTHS[0] * every, _DEPTHS[1] * every)
@@ -93,11 +105,16 @@ def predict_memory(
     if device_kind == "cuda":
         for phase in phases:
             phase["logits"] = int(phase["logits"] * _more_rows(config["vocab_size"], batch.targets))
+    return phases
+
+
+def memory_at_peak(phases: list[Counter[str]], device_kind: str, collectives_bytes: int = 0) -> Memory:
+    """The memory of the phase with most bytes, with what the allocator and the libraries hold beside them."""
     peak = max(phases, key=Counter.total)
     return Memory(
         **{name: peak[name] for name in ("weights", "gradients", "optimizer", "activations", "logits")},
         cache=int(_CACHE_SHARE[device_kind] * peak.total()),
-        framework=_FRAMEWORK_BYTES[device_kind],
+        framework=_FRAMEWORK_BYTES[device_kind] + collectives_bytes,
     )
 
 
