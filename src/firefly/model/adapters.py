@@ -89,7 +89,7 @@ def load_for_training(
     if section.method != "full":
         attach(model, section, directory)
         if bf16 and section.method != "qlora":
-            for layer in _linear_layers(transformers_model(model)).values():
+            for layer in linear_layers(transformers_model(model)).values():
                 if not layer.weight.requires_grad:
                     layer.weight.data = layer.weight.data.to(torch.bfloat16)
     return model
@@ -159,7 +159,7 @@ def load_adapter(model: CausalModel, directory: Path) -> None:
         state = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged ({error}); fetch the adapter again.") from error
-    linear = _linear_layers(inner)
+    linear = linear_layers(inner)
     for name in state:
         layer, _, part = name.partition(".lora_")
         if not part or layer not in linear:
@@ -285,7 +285,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _linear_layers(inner: nn.Module) -> dict[str, nn.Linear]:
+def linear_layers(inner: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers by name, those inside adapters and the head left out."""
     return {
         name.removesuffix(".base_layer"): module
@@ -296,7 +296,7 @@ def _linear_layers(inner: nn.Module) -> dict[str, nn.Linear]:
 
 def _targets(inner: nn.Module, wanted: list[str]) -> list[str]:
     """The ends of the names of the layers that get adapters: those asked for, or all of them."""
-    names = list(_linear_layers(inner))
+    names = list(linear_layers(inner))
     leaves = sorted({name.rpartition(".")[2] for name in names})
     for target in wanted:
         if not any(f".{name}".endswith(f".{target}") for name in names):
@@ -309,7 +309,7 @@ def _targets(inner: nn.Module, wanted: list[str]) -> list[str]:
 def _quantize(model: CausalModel, device: torch.device) -> None:
     """Move every linear layer below the head to `device` in NF4, in place."""
     bitsandbytes, inner = _bitsandbytes(), transformers_model(model)
-    for name, layer in _linear_layers(inner).items():
+    for name, layer in linear_layers(inner).items():
         small = bitsandbytes.nn.Linear4bit(
             layer.in_features,
             layer.out_features,

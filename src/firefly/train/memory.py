@@ -15,18 +15,24 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from firefly.model.families import build
+from firefly.data.loader import Batch
+from firefly.model.adapters import attach, linear_layers
+from firefly.model.families import CausalModel, build, transformers_model
 from firefly.model.loss import CHUNK_BYTES
 from firefly.model.packed import PackedInput
-from firefly.model.score import batch_loss, token_losses
+from firefly.model.score import token_losses
 from firefly.recipe import TrainSection
+from firefly.train.objectives import NextToken, Preference
 from firefly.train.optim import make_optimizer
 
 _FRAMEWORK_BYTES = {"cpu": 450 << 20, "cuda": 700 << 20}
@@ -217,16 +223,14 @@ def _walk(
 
     ledger = _Ledger(config["vocab_size"])
     with FakeTensorMode(), ledger:
-        # Weights are trained in the dtype that the recipe says, whatever config.json says that they are stored in.
-        model = build({name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")})
-        if train.weights != "float32":
-            model.to(torch.bfloat16)
+        model = _model(config, train, bf16)
         model.checkpoint_every = train.gradient_checkpointing
         model.train()
-        parameters = list(model.parameters())
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.relabel(tensor, "weights")
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameters, train)
         for parameter in parameters:
-            ledger.relabel(parameter, "weights")
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # makes the moments
         optimizer.zero_grad(set_to_none=True)
@@ -247,19 +251,25 @@ def _walk(
         ledger.begin_phase()
         ledger.phases.clear()  # making the model is no part of a run
 
+        made_of = _batch(batch, train)
+        nothing = torch.zeros(len(made_of.sample_ids))
+        objective = (
+            Preference(train.dpo_beta, nothing, nothing, bf16)
+            if train.objective == "dpo"
+            else NextToken(bf16)
+        )
         for _ in range(min(2, train.gradient_accumulation_steps)):
-            shape = _input(batch)
-            loss, _each = batch_loss(model, shape, bf16)
+            loss = objective.loss(model, made_of, torch.device("cpu"))
             ledger.begin_phase()
-            torch.autograd.backward(loss)
-            del loss, _each, shape
+            torch.autograd.backward(loss.total)
+            del loss
             ledger.begin_phase()
         torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ledger.begin_phase()
         if held_out is not None:
-            token_losses(model, _input(held_out), bf16)
+            token_losses(model, PackedInput.of(_batch(held_out, train), torch.device("cpu")), bf16)
         ledger.begin_phase()
     return ledger.phases
 
@@ -282,10 +292,68 @@ def _halves(ledger: _Ledger, num_parameters: int) -> Callable[[Tensor], None]:
     return hook
 
 
-def _input(shape: BatchShape) -> PackedInput:
-    """A batch of that shape, all its samples as long as the longest: attention is the only part that could tell."""
+def _batch(shape: BatchShape, train: TrainSection) -> Batch:
+    """A batch of that shape, its samples about as long as the longest: attention is the only part that could tell."""
     num_samples = math.ceil(shape.tokens / shape.longest)
-    borders = [min(number * shape.longest, shape.tokens) for number in range(num_samples + 1)]
-    ids = torch.zeros(shape.tokens, dtype=torch.int64)
-    places = torch.zeros(shape.targets, dtype=torch.int64)
-    return PackedInput(ids, torch.zeros_like(ids), borders, places, torch.zeros_like(places))
+    if train.objective == "dpo":
+        num_samples += num_samples % 2
+    borders = np.minimum(np.arange(num_samples + 1) * shape.longest, shape.tokens)
+    if borders[-2] == shape.tokens:  # an odd sample out: split the last one
+        borders[-2] = (borders[-3] + shape.tokens) // 2
+    ids, places = np.zeros(shape.tokens, np.int64), np.zeros(shape.targets, np.int64)
+    return Batch(ids, ids, borders.tolist(), places, places, places, list(range(num_samples)))
+
+
+def _model(config: dict[str, Any], train: TrainSection, bf16: bool) -> CausalModel:
+    """The model as training holds it, in the dtypes of the recipe and not that of config.json, without numbers."""
+    plain = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    # peft moves modules about, which fake tensors do not bear; so it is made on meta, and faked afterwards.
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = build(plain)
+        inner = transformers_model(model)
+        if train.weights != "float32":
+            model.to(torch.bfloat16)
+        if train.method != "full":
+            attach(model, train, Path())
+            for name, layer in linear_layers(inner).items():
+                if train.method == "qlora":
+                    cast(Any, inner.get_submodule(name)).base_layer = _Nf4(layer)
+                elif bf16 and not layer.weight.requires_grad:
+                    layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    made: dict[int, Tensor] = {}  # a tied matrix once
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and id(tensor) not in made:
+                    made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        made[id(tensor)] = nn.Parameter(made[id(tensor)], tensor.requires_grad)
+                if tensor is not None:
+                    cast(Any, own)[name] = made[id(tensor)]
+    return model
+
+
+class _Nf4(nn.Module):
+    """Takes the room of bitsandbytes' 4-bit linear layer: half a byte a weight, a float32 scale for 64 of them, and
+    while it works the weights in bf16."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.shape = layer.weight.shape
+        self.register_buffer("codes", torch.zeros(layer.weight.numel() * 9 // 16, dtype=torch.uint8))
+        self.bias = layer.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        out: Tensor = _Dequantised.apply(states.to(torch.bfloat16), self.shape)  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias
+
+
+class _Dequantised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, shape: torch.Size) -> Tensor:
+        ctx.shape = shape
+        return states @ states.new_empty(shape).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ grad.new_empty(ctx.shape), None

@@ -30,6 +30,7 @@ from firefly.train.checkpoint import find_checkpoints
 from firefly.train.gpus import Device, this_device
 from firefly.train.memory import BatchShape, Memory, depth_of, predict_memory
 from firefly.train.objectives import Objective, training_stream
+from firefly.train.optim import CompactAdamW, state_bytes
 
 _USABLE_PEAK, _USABLE_BANDWIDTH = 0.5, 0.8
 _VALIDATION_TOKENS = 8192  # in one batch of `in_order`
@@ -207,8 +208,15 @@ def _validation(lengths: NDArray[np.int64], share: float) -> BatchShape | None:
 
 
 def _memory(config: dict[str, Any], train: TrainSection, workload: Workload, device: Device) -> Memory:
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and device.kind == "cuda")
+    bf16 = _is_bf16(train, device)
     return predict_memory(config, train, workload.largest, workload.held_out, bf16, device.kind)
+
+
+def _is_bf16(train: TrainSection, device: Device) -> bool:
+    """Whether products run in bf16, as the loop decides it."""
+    if train.weights != "float32" or train.precision == "bf16":
+        return True
+    return train.precision == "auto" and device.kind == "cuda"
 
 
 def advise(recipe: Recipe, config: dict[str, Any], estimate: Estimate, device: Device) -> list[Advice]:
@@ -275,7 +283,7 @@ def _tokens_per_s(
     workload: Workload,
     device: Device,
 ) -> float | None:
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and device.kind == "cuda")
+    bf16 = _is_bf16(train, device)
     peak = device.bf16_flops if bf16 else device.float32_flops
     if peak is None or device.bandwidth_bytes_per_s is None:
         return None
@@ -378,8 +386,10 @@ def try_largest_batch(
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
-            moments = 0 if optimizer.state else 8 * sum(parameter.numel() for parameter in parameters)
-            room = torch.empty(moments, dtype=torch.uint8, device=device)
+            compact = optimizer if isinstance(optimizer, CompactAdamW) else None
+            each = state_bytes(compact.eight_bit, compact.kahan) if compact else state_bytes(False, False)
+            moments = 0 if optimizer.state else each * sum(parameter.numel() for parameter in parameters)
+            room = torch.empty(int(moments), dtype=torch.uint8, device=device)
             model.train()
             torch.autograd.backward(objective.loss(model, batch, device).total / len(batch.target_ids))
             del room

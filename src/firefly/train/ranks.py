@@ -17,6 +17,7 @@ from typing import Any
 from firefly.errors import TrainingError
 from firefly.recipe import TrainSection
 from firefly.train.memory import BatchShape, Memory, memory_at_peak, walk_phases
+from firefly.train.optim import state_bytes
 from firefly.train.traffic import Layout, Units, Widths
 
 PREFETCH = 1
@@ -54,8 +55,7 @@ class Load:
     @property
     def optimizer_bytes(self) -> float:
         """AdamW's states, a parameter."""
-        kahan = 2 if self.train.weights == "bf16_kahan" else 0
-        return kahan + (2 + 8 / 256 if self.train.optimizer == "adamw_8bit" else 8)
+        return state_bytes(self.train.optimizer == "adamw_8bit", self.train.weights == "bf16_kahan")
 
     @cached_property
     def phases(self) -> list[Counter[str]]:
