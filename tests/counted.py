@@ -33,9 +33,20 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = func._schema.name.replace("allgather", "all_gather").replace("allreduce", "all_reduce")
             kind = next((kind for word, kind in _KINDS.items() if word in name), None)
             sizes = [leaf.nbytes for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor)]
-            if kind and max(sizes) > _SMALL_BYTES:
+            if kind and max(sizes) > _SMALL_BYTES and _group_size(args) > 1:
                 self.bytes[kind] += max(sizes)
         return out
+
+
+def _group_size(args: tuple[Any, ...]) -> int:
+    """Of the process group among the arguments: an object, or a name."""
+    for leaf in tree_leaves(args):
+        if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf._type()):
+            return dist.ProcessGroup.unbox(leaf).size()
+    name = next(
+        leaf for leaf in tree_leaves(args) if isinstance(leaf, str) and leaf not in ("sum", "max", "avg")
+    )
+    return dist.distributed_c10d._resolve_process_group(name).size()
 
 
 def counted_bytes(step: Callable[[], object]) -> Counter[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -28,10 +27,10 @@ def a_batch() -> PackedInput:
 
 
 def shard(model: CausalModel, layout: Layout, bf16: bool) -> None:
-    """ZeRO 1 to 3 as FSDP2 has them."""
-    mesh = init_device_mesh("cpu", (layout.hsdp, layout.dp // layout.hsdp), mesh_dim_names=("r", "s"))
+    """The stages as FSDP2 has them; 0 is a shard of one, and replicas."""
+    mesh = init_device_mesh("cpu", (layout.size("replica"), layout.size("shard")), mesh_dim_names=("r", "s"))
     options: dict[str, Any] = {
-        "mesh": mesh if layout.hsdp > 1 else mesh["s"],
+        "mesh": mesh if layout.size("replica") > 1 else mesh["s"],
         "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32),
     }
     for layer in model.layers:
@@ -44,15 +43,10 @@ def one_step(model: CausalModel, layout: Layout, accumulation: int) -> None:
     """Forward and backward of a step, gradients summed as late as the stage allows."""
     for micro in range(accumulation):
         last = micro == accumulation - 1
-        if layout.zero:
-            model.set_requires_gradient_sync(last or layout.zero >= 2)  # type: ignore[operator]
-            model.set_requires_all_reduce(last)  # type: ignore[operator]
-            model.set_reshard_after_backward(last or layout.zero == 3)  # type: ignore[operator]
+        model.set_requires_gradient_sync(last or layout.zero >= 2)  # type: ignore[operator]
+        model.set_requires_all_reduce(last)  # type: ignore[operator]
+        model.set_reshard_after_backward(last or layout.zero == 3)  # type: ignore[operator]
         batch_loss(model, a_batch())[0].backward()
-    if not layout.zero:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
 
 
 Case = tuple[Path, Layout, int, bool]
@@ -62,11 +56,10 @@ def check(_rank: int, cases: list[Case]) -> None:
     """Run one step of each case and compare."""
     for folder, layout, accumulation, bf16 in cases:
         model = load_model(folder)
-        if layout.zero:
-            shard(model, layout, bf16)
+        shard(model, layout, bf16)
         counted = counted_bytes(partial(one_step, model, layout, accumulation))
-        widths = Widths.of(bf16 and layout.zero > 0)  # a plain all-reduce sums float32 gradients as they are
-        expected = communication_bytes(Units.of(read_config(folder)), layout, accumulation, widths)
+        units = Units.of(read_config(folder))
+        expected = communication_bytes(units, layout, accumulation, Widths.of(bf16))
         if counted != expected:
             raise AssertionError(f"{layout}, {folder.parent.name}: {counted} counted, {expected} expected")
 

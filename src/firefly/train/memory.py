@@ -304,22 +304,29 @@ def _batch(shape: BatchShape, train: TrainSection) -> Batch:
     return Batch(ids, ids, borders.tolist(), places, places, places, list(range(num_samples)))
 
 
-def _model(config: dict[str, Any], train: TrainSection, bf16: bool) -> CausalModel:
+def on_meta(config: dict[str, Any], train: TrainSection, bf16: bool) -> CausalModel:
     """The model as training holds it, in the dtypes of the recipe and not that of config.json, without numbers."""
     plain = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
-    # peft moves modules about, which fake tensors do not bear; so it is made on meta, and faked afterwards.
-    with unset_fake_temporarily(), torch.device("meta"):
+    with torch.device("meta"):
         model = build(plain)
         inner = transformers_model(model)
         if train.weights != "float32":
             model.to(torch.bfloat16)
-        if train.method != "full":
-            attach(model, train, Path())
-            for name, layer in linear_layers(inner).items():
-                if train.method == "qlora":
-                    cast(Any, inner.get_submodule(name)).base_layer = _Nf4(layer)
-                elif bf16 and not layer.weight.requires_grad:
-                    layer.weight.data = layer.weight.data.to(torch.bfloat16)
+        if train.method == "full":
+            return model
+        attach(model, train, Path())
+        for name, layer in linear_layers(inner).items():
+            if train.method == "qlora":
+                cast(Any, inner.get_submodule(name)).base_layer = _Nf4(layer)
+            elif bf16 and not layer.weight.requires_grad:
+                layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    return model
+
+
+def _model(config: dict[str, Any], train: TrainSection, bf16: bool) -> CausalModel:
+    """The same on fake tensors. (peft moves modules about, which fake tensors do not bear, but meta ones do.)"""
+    with unset_fake_temporarily():
+        model = on_meta(config, train, bf16)
     made: dict[int, Tensor] = {}  # a tied matrix once
     for module in model.modules():
         for own in (module._parameters, module._buffers):

@@ -16,7 +16,7 @@ from typing import Any
 
 from firefly.errors import TrainingError
 from firefly.recipe import TrainSection
-from firefly.train.memory import BatchShape, Memory, memory_at_peak, walk_phases
+from firefly.train.memory import BatchShape, Memory, memory_at_peak, on_meta, walk_phases
 from firefly.train.optim import state_bytes
 from firefly.train.traffic import Layout, Units, Widths
 
@@ -47,6 +47,29 @@ class Load:
         """Bytes of what is gathered, summed and passed on."""
         return Widths.of(self.bf16, self.bf16_weights)
 
+    @cached_property
+    def learned(self) -> int:
+        """Parameters that learn: all, or those of the adapters."""
+        if self.train.method == "full":
+            return self.units.num_parameters
+        every = on_meta(self.config, self.train, self.bf16).parameters()
+        return sum(parameter.numel() for parameter in every if parameter.requires_grad)
+
+    @property
+    def learned_share(self) -> float:
+        """Of the model's own parameters."""
+        return self.learned / self.units.num_parameters
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads, which tensor parallelism shares out."""
+        return int(self.config["n_head"] if "n_head" in self.config else self.config["num_attention_heads"])
+
+    @property
+    def stored_bytes(self) -> float:
+        """A parameter of the model as it is kept, adapters included."""
+        return self.phases[0]["weights"] / self.units.num_parameters
+
     @property
     def bf16_weights(self) -> bool:
         """Whether weights are kept in bf16."""
@@ -65,7 +88,7 @@ class Load:
     @cached_property
     def gathered_phases(self) -> list[Counter[str]]:
         """The same where layers work on gathered bf16 weights: none are cast, so no casts are kept."""
-        if not self.bf16 or self.bf16_weights:
+        if not self.bf16 or self.bf16_weights or self.train.method != "full":
             return self.phases
         return self._walk(self.train.model_copy(update={"weights": "bf16_stochastic"}))
 
@@ -78,25 +101,28 @@ def rank_memory(load: Load, layout: Layout, accumulation: int) -> tuple[Memory, 
     if layout.num_ranks == 1 and layout.offload == "none":
         return memory_at_peak(load.phases, load.device_kind), 0
     mine, shards = load.units.of_rank(layout.tp), layout.size("shard")
-    every, widths = mine.num_parameters, load.widths
-    layer = sum(map(prod, mine.layer))
-    room = min(every, sum(map(prod, mine.root)) + (1 + PREFETCH) * layer)
-    stored = 2 if load.bf16_weights else 4
-    away = layout.offload == "all"
+    every, stored = mine.num_parameters, load.stored_bytes
+    room = min(every, sum(map(prod, mine.root)) + (1 + PREFETCH) * sum(map(prod, mine.layer)))
+    gathered_bytes = min(load.widths.weight, stored)
+    gradient_bytes, state_bytes = (
+        size * load.learned_share for size in (load.widths.gradient, load.optimizer_bytes)
+    )
+    away, adapters = layout.offload == "all", load.train.method != "full"
 
     if away or layout.zero == 3:
-        weights = widths.weight * room + (0 if away else stored * every // shards)
-    elif shards > 1:
-        weights = widths.weight * every + stored * every // shards
+        weights = gathered_bytes * room + (0 if away else stored * every / shards)
+    elif shards > 1 and not adapters:  # frozen weights stay whole
+        weights = gathered_bytes * every + stored * every / shards
     else:
         weights = stored * every
     if away or layout.zero >= 2 or (layout.zero == 1 and accumulation == 1):
-        gradients = widths.gradient * room + (0 if away else widths.gradient * every // shards)
+        gradients = gradient_bytes * room + (0 if away else gradient_bytes * every / shards)
     else:
-        gradients = widths.gradient * every
-    states = int(load.optimizer_bytes * every) // shards
-    master = 4 * every // shards  # of weights, and as much of gradients, for the optimizer that runs there
-    host = {"none": 0, "optimizer": states + 2 * master, "all": states + (stored + 4) * every // shards}
+        gradients = gradient_bytes * every
+    states = state_bytes * every / shards
+    # The optimizer that runs in main memory has float32 weights and gradients there.
+    moved = {"none": 0, "optimizer": states + 8 * load.learned_share * every / shards}
+    moved["all"] = states + (stored + 4 * load.learned_share) * every / shards
 
     gathered = away or shards > 1
     phases = load.gathered_phases if gathered else load.phases
@@ -105,9 +131,9 @@ def rank_memory(load: Load, layout: Layout, accumulation: int) -> tuple[Memory, 
     peak = memory_at_peak(
         [
             Counter(
-                weights=weights,
+                weights=int(weights),
                 gradients=int(gradients * phase["gradients"] / most),
-                optimizer=states if layout.offload == "none" else 0,
+                optimizer=int(states) if layout.offload == "none" else 0,
                 activations=int(share * phase["activations"]),
                 logits=phase["logits"] // layout.tp,
             )
@@ -116,7 +142,7 @@ def rank_memory(load: Load, layout: Layout, accumulation: int) -> tuple[Memory, 
         load.device_kind,
         _COLLECTIVES_BYTES if layout.num_ranks > 1 else 0,
     )
-    return peak, host[layout.offload]
+    return peak, int(moved[layout.offload])
 
 
 def _activation_share(load: Load, tp: int) -> float:

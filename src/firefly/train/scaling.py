@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise, takewhile
 from math import ceil, prod
 
 from firefly.errors import RecipeError, choices
@@ -61,7 +62,7 @@ class Cluster:
         found = next((name for name in _NETWORKS if name.lower() == network.strip().lower()), None)
         if found is None:
             raise RecipeError(
-                f"The network '{network}' is not known; give GB/s a GPU in one direction, or {choices(network, _NETWORKS)}."
+                f"The network '{network}' is not known; give GB/s a GPU, or a name: {choices(network, _NETWORKS)}."
             )
         rate, adapters = _NETWORKS[found]
         return cls(device, gpus_per_node, found, rate * 1e9 * (adapters or 1 / gpus_per_node))
@@ -138,22 +139,24 @@ def step_of(load: Load, layout: Layout, batch: Batch, cluster: Cluster) -> Step:
     peak = device.bf16_flops if load.bf16 else device.float32_flops
     assert peak is not None and device.bandwidth_bytes_per_s is not None
     flops, bandwidth = _USABLE_PEAK * peak * layout.tp, _USABLE_RATE * device.bandwidth_bytes_per_s
-    mine, shards, last = units.of_rank(layout.tp), layout.size("shard"), layout.offload
+    mine, shards, away = units.of_rank(layout.tp), layout.size("shard"), layout.offload
     layer, every = sum(map(prod, mine.layer)), mine.num_parameters
     recomputed = 1 / load.train.gradient_checkpointing if load.train.gradient_checkpointing else 0.0
 
     # Casting float32 weights reads 4 bytes and writes 2; gathered ones are cast before they are sent.
-    casts_s = 6 * layer / bandwidth if load.bf16 and not load.bf16_weights and shards == 1 else 0.0
-    once_s = 2 * layer * layout.tp * batch.tokens / flops
-    forward_s, backward_s = max(once_s, _LEAST_LAYER_S), max(2 * once_s, 2 * _LEAST_LAYER_S)
-    backward_s += recomputed * forward_s
+    is_cast = load.bf16 and not load.bf16_weights and load.train.method == "full" and shards == 1
+    casts_s = 6 * layer / bandwidth if is_cast else 0.0
+    # Backward makes the gradients of states and of learned weights, each as long as forward. (`flops` count all of tp.)
+    forward_s = max(2 * layer * layout.tp * batch.tokens / flops, _LEAST_LAYER_S)
+    backward_s = (1 + min(1.0, load.learned_share) + recomputed) * forward_s
     width = units.layer[0][0]
     inside, around = state_messages(width, int(batch.tokens), int(batch.targets), layout, widths, False)
     sums_s = [cluster.seconds(message, layout) for message in inside]
     forward_s += casts_s + 2 * sum(sums_s)
     backward_s += (2 + 2 * recomputed) * sum(sums_s)
     head = max((shape for shape in units.root if len(shape) > 1), key=prod)
-    root_s = 6 * prod(head) * batch.targets / flops + sum(
+    passes = (4 if load.learned_share < 1 else 6) + (2 if load.train.objective == "dpo" else 0)
+    root_s = passes * prod(head) * batch.targets / flops + sum(
         message.times * cluster.seconds(message, layout) for message in around
     )
 
@@ -161,6 +164,10 @@ def step_of(load: Load, layout: Layout, batch: Batch, cluster: Cluster) -> Step:
         """Seconds to gather, to scatter (or to reduce what is not sharded), and to reduce over replicas."""
         found = {"all_gather": 0.0, "reduce_scatter": 0.0, "all_reduce": 0.0}
         for message in unit_messages(shapes, layout, batch.accumulation, widths, root):  # type: ignore[arg-type]
+            if (
+                message.kind != "all_gather" or layout.zero < 3
+            ):  # what does not learn is not even gathered there
+                message = replace(message, num_bytes=int(message.num_bytes * load.learned_share))
             found[message.kind] = cluster.seconds(message, layout)
         if shards == 1:
             return 0.0, found["all_reduce"], 0.0
@@ -169,18 +176,19 @@ def step_of(load: Load, layout: Layout, batch: Batch, cluster: Cluster) -> Step:
     gather_s, scatter_s, replicas_s = parts(mine.layer, root=False)
     root_gather_s, root_scatter_s, root_replicas_s = parts(mine.root, root=True)
     to_host = _USABLE_RATE * device.host_bytes_per_s
-    stored = 2 if load.bf16_weights else 4
-    fetch_s = stored * layer / shards / to_host if last == "all" else 0.0
-    evict_s = widths.gradient * layer / shards / to_host if last != "none" else 0.0
-    traffic = 3 * stored + 2 * load.optimizer_bytes  # weight and moments read and written, gradient read
-    update_s = traffic * every / shards / bandwidth if last == "none" else 0.0
+    learned = load.learned_share * every / shards
+    fetch_s = load.stored_bytes * layer / shards / to_host if away == "all" else 0.0
+    evict_s = widths.gradient * load.learned_share * layer / shards / to_host if away != "none" else 0.0
+    own_bytes = 2 if load.bf16_weights else 4
+    traffic = 3 * own_bytes + 2 * load.optimizer_bytes  # weight and moments read and written, gradient read
+    update_s = traffic * learned / bandwidth if away == "none" else 0.0
     host_rate = _HOST_UPDATE_BYTES_PER_S / min(cluster.gpus_per_node, layout.num_ranks)
     return Step(
         num_layers=units.num_layers,
         accumulation=batch.accumulation,
-        gathers_again=layout.zero == 3 or last == "all",
+        gathers_again=layout.zero == 3 or away == "all",
         scatters_again=layout.zero >= 2,
-        evicts_again=last == "all",
+        evicts_again=away == "all",
         forward_s=forward_s,
         backward_s=backward_s,
         root_s=root_s,
@@ -192,8 +200,8 @@ def step_of(load: Load, layout: Layout, batch: Batch, cluster: Cluster) -> Step:
         replicas_s=replicas_s,
         fetch_s=fetch_s,
         evict_s=evict_s,
-        host_update_s=traffic * every / shards / host_rate if last != "none" else 0.0,
-        upload_s=stored * every / shards / to_host if last == "optimizer" else 0.0,
+        host_update_s=traffic * learned / host_rate if away != "none" else 0.0,
+        upload_s=own_bytes * learned / to_host if away == "optimizer" else 0.0,
         prefetch=PREFETCH,
     )
 
@@ -234,7 +242,6 @@ def rank_of(load: Load, layout: Layout, batch: Batch, cluster: Cluster) -> Rank:
 def scale(
     load: Load,
     batch: Batch,
-    num_heads: int,
     cluster: Cluster,
     num_gpus: int,
     samples_per_step: int | None = None,
@@ -249,7 +256,7 @@ def scale(
 
     def ranks(number: int) -> list[Rank]:
         found = []
-        for layout in possible_layouts(number, cluster.gpus_per_node, num_heads):
+        for layout in possible_layouts(number, cluster.gpus_per_node, load.num_heads):
             part = batch.shared(samples, samples_per_step, layout.dp)
             if part is not None:
                 found.append(rank_of(load, layout, part, cluster))
@@ -260,12 +267,10 @@ def scale(
         best = _best(ranks(1 << power))
         if best is not None:
             curve.append(best)
-    worth = 0
-    for one in curve:
-        if worth and one.tokens_per_s < _WORTH * speed:
-            break
-        worth, speed = one.layout.num_ranks, one.tokens_per_s
-    return Scaling(cluster, num_gpus, samples_per_step, ranks(num_gpus), curve, worth)
+    paying = takewhile(lambda two: two[1].tokens_per_s >= _WORTH * two[0].tokens_per_s, pairwise(curve))
+    worth = [*curve[:1], *(larger for _, larger in paying)]
+    worth_gpus = worth[-1].layout.num_ranks if worth else 0
+    return Scaling(cluster, num_gpus, samples_per_step, ranks(num_gpus), curve, worth_gpus)
 
 
 def _best(ranks: list[Rank]) -> Rank | None:
@@ -274,4 +279,8 @@ def _best(ranks: list[Rank]) -> Rank | None:
     if not fitting:
         return None
     near = [one for one in fitting if one.tokens_per_s >= 0.98 * fitting[0].tokens_per_s]
-    return min(near, key=lambda one: (OFFLOADS.index(one.layout.offload), one.layout.tp, one.layout.zero))
+    return min(near, key=lambda one: _complexity(one.layout))
+
+
+def _complexity(layout: Layout) -> tuple[int, ...]:
+    return OFFLOADS.index(layout.offload), layout.tp, layout.zero, layout.hsdp

@@ -8,7 +8,7 @@ memory; `host`, the optimizer that runs there. Layers go through them as under F
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -84,17 +84,15 @@ def _host_s(step: Step) -> float:
 
 
 class _Streams:
-    """When each stream is free again, and how long it has worked."""
+    """When each stream is free again."""
 
     def __init__(self) -> None:
-        self.free: Counter[str] = Counter()
-        self.busy: Counter[str] = Counter()
+        self.free: defaultdict[str, float] = defaultdict(float)
 
     def run(self, stream: str, seconds: float, after: Iterable[float] = ()) -> float:
         """Issue work that needs others to be done; returns its end."""
-        end = max(self.free[stream], *after, 0.0) + seconds  # type: ignore[assignment]
-        self.free[stream] = end  # type: ignore[assignment]
-        self.busy[stream] += seconds  # type: ignore[assignment]
+        end = max(self.free[stream], *after) + seconds
+        self.free[stream] = end
         return end
 
 

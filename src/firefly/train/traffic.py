@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 
+from firefly.errors import RecipeError
 from firefly.model.families import build, transformers_model
 from firefly.recipe import ParallelSection
 from firefly.train.memory import at_depth, depth_of
@@ -45,9 +46,20 @@ class Layout:
     offload: str = "none"
 
     @classmethod
-    def of(cls, section: ParallelSection, num_gpus: int) -> Layout:
-        """The recipe's layout on that many GPUs; `is_possible` must hold for its numbers."""
-        return cls(section.zero, section.tp, num_gpus // section.tp, section.hsdp, section.offload)
+    def of(cls, section: ParallelSection, num_gpus: int, num_heads: int) -> Layout:
+        """The recipe's layout on so many GPUs; raises `RecipeError` when they cannot be shared out so."""
+        dp, rest = divmod(num_gpus, section.tp)
+        if rest or num_heads % section.tp:
+            raise RecipeError(
+                f"parallel.tp = {section.tp} must divide the {num_gpus} GPUs and the model's {num_heads} attention "
+                "heads; choose another tp or another number of GPUs."
+            )
+        if dp % section.hsdp:
+            raise RecipeError(
+                f"parallel.hsdp = {section.hsdp} must divide the {dp} data-parallel ranks ({num_gpus} GPUs, tp = "
+                f"{section.tp}); choose another hsdp or another number of GPUs."
+            )
+        return cls(section.zero, section.tp, dp, section.hsdp, section.offload)
 
     @property
     def num_ranks(self) -> int:
