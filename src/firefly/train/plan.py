@@ -112,7 +112,7 @@ def make_plan(
     workload = estimate(recipe)
     load = load_of(recipe, config, workload, device)
     layout = placed(load, Layout.of(recipe.parallel, num_gpus, load.num_heads), device)
-    whole = _batch(recipe.train, workload)
+    whole = batch_of(recipe.train, workload)
     batch = whole.shared(recipe.train.per_device_train_batch_size, samples_per_step, layout.dp)
     if batch is None:
         raise RecipeError(
@@ -176,7 +176,8 @@ def _samples(train: TrainSection) -> int:
     return train.per_device_train_batch_size * train.gradient_accumulation_steps
 
 
-def _batch(train: TrainSection, workload: Workload) -> Batch:
+def batch_of(train: TrainSection, workload: Workload) -> Batch:
+    """What a rank computes a step when each has the batch of the recipe."""
     tokens = workload.tokens_per_step / train.gradient_accumulation_steps
     return Batch(train.gradient_accumulation_steps, tokens, workload.target_share * tokens)
 
