@@ -18,7 +18,15 @@ from firefly.model.families import CausalModel
 from firefly.model.load import load_model, read_config
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss
-from firefly.train.traffic import Layout, Message, Units, Widths, communication_bytes, link_bytes
+from firefly.train.traffic import (
+    Layout,
+    Message,
+    Units,
+    Widths,
+    communication_bytes,
+    link_bytes,
+    state_messages,
+)
 
 
 def a_batch() -> PackedInput:
@@ -76,6 +84,34 @@ def test_four_processes_send_what_the_formula_says(tiny: Callable[[str], Path]) 
     """Three shards would pad; four of 503 rows do, and so do two replicas of two."""
     layouts = [Layout(zero, dp=4, hsdp=hsdp) for zero in (0, 1, 2, 3) for hsdp in (1, 2)]
     in_processes(check, 4, [(tiny("bloom"), layout, 3, True) for layout in layouts])
+
+
+def check_tensor_parallel(_rank: int, folder: Path) -> None:
+    from firefly.model.split import split
+
+    config, batch = read_config(folder), a_batch()
+    for recomputed in (False, True):
+        model = load_model(folder)
+        split(model, init_device_mesh("cpu", (2,)))
+        model.checkpoint_every = int(recomputed)
+        counted = counted_bytes(lambda model=model: batch_loss(model, batch)[0].backward())  # type: ignore[misc]
+        layer, around = state_messages(
+            config["hidden_size"],
+            len(batch.input_ids),
+            len(batch.target_ids),
+            Layout(tp=2),
+            Widths(),
+            recomputed,
+        )
+        sums = [one.num_bytes * one.times for one in around]
+        sums += [one.num_bytes * one.times * config["n_layer"] for one in layer]
+        assert counted == {"all_reduce": sum(sums)}, counted
+
+
+def test_tensor_parallel_ranks_sum_what_the_formula_says(tiny: Callable[[str], Path]) -> None:
+    """BLOOM's fused projections; a family with separate ones sums their inputs' gradients one by one, or adds first."""
+    pytest.importorskip("firefly.model.split")  # where tensor parallelism lives
+    in_processes(check_tensor_parallel, 2, tiny("bloom"))
 
 
 def test_what_a_ring_sends() -> None:

@@ -153,7 +153,7 @@ def step_of(load: Load, layout: Layout, batch: Batch, cluster: Cluster) -> Step:
     inside, around = state_messages(width, int(batch.tokens), int(batch.targets), layout, widths, False)
     sums_s = [cluster.seconds(message, layout) for message in inside]
     forward_s += casts_s + 2 * sum(sums_s)
-    backward_s += (2 + 2 * recomputed) * sum(sums_s)
+    backward_s += (2 + recomputed) * sum(sums_s)
     head = max((shape for shape in units.root if len(shape) > 1), key=prod)
     passes = (4 if load.learned_share < 1 else 6) + (2 if load.train.objective == "dpo" else 0)
     root_s = passes * prod(head) * batch.targets / flops + sum(

@@ -159,12 +159,12 @@ def state_messages(
 ) -> tuple[list[Message], list[Message]]:
     """Tensor-parallel traffic of one micro-batch, in one layer and around the layers.
 
-    `width` is the hidden size. A layer that is recomputed all-reduces anew. Around the layers: the embedding, split by
-    vocabulary, is summed; so is the gradient of the learned positions' states, and the loss's maximum, sum and target
-    logit in float32.
+    `width` is the hidden size. A layer that is recomputed sums its attention anew; what comes after the MLP's last
+    matrix nobody needs again. Around the layers: the embedding, split by vocabulary, is summed; so are the gradients of
+    the learned positions' states, and in float32 the loss's maximum, sum and target logit.
     """
     states = widths.state * tokens * width
-    layer = _real(layout, Message("all_reduce", "tensor", states, 6 if recomputed else 4))
+    layer = _real(layout, Message("all_reduce", "tensor", states, 5 if recomputed else 4))
     around = _real(
         layout,
         Message("all_reduce", "tensor", states, 1),
