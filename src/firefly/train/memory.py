@@ -315,11 +315,15 @@ def on_meta(config: dict[str, Any], train: TrainSection, bf16: bool) -> CausalMo
         if train.method == "full":
             return model
         attach(model, train, Path())
+        dtype = torch.bfloat16 if bf16 else torch.float32
         for name, layer in linear_layers(inner).items():
             if train.method == "qlora":
-                cast(Any, inner.get_submodule(name)).base_layer = _Nf4(layer)
-            elif bf16 and not layer.weight.requires_grad:
-                layer.weight.data = layer.weight.data.to(torch.bfloat16)
+                cast(Any, inner.get_submodule(name)).base_layer = _Nf4(layer, dtype)
+            elif not layer.weight.requires_grad:
+                layer.weight.data = layer.weight.data.to(dtype)
+        for parameter in inner.parameters():
+            if train.method == "qlora" and parameter.ndim > 1 and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -342,17 +346,17 @@ def _model(config: dict[str, Any], train: TrainSection, bf16: bool) -> CausalMod
 
 class _Nf4(nn.Module):
     """Takes the room of bitsandbytes' 4-bit linear layer: half a byte a weight, a float32 scale for 64 of them, and
-    while it works the weights in bf16."""
+    while it works the weights in `dtype`."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape = layer.weight.shape
+        self.shape, self.dtype, self.bias = layer.weight.shape, dtype, layer.bias
         self.register_buffer("codes", torch.zeros(layer.weight.numel() * 9 // 16, dtype=torch.uint8))
-        self.bias = layer.bias
 
     def forward(self, states: Tensor) -> Tensor:
-        out: Tensor = _Dequantised.apply(states.to(torch.bfloat16), self.shape)  # type: ignore[no-untyped-call]
-        return out if self.bias is None else out + self.bias
+        out: Tensor = _Dequantised.apply(states.to(self.dtype), self.shape)  # type: ignore[no-untyped-call]
+        out = out if self.bias is None else out + self.bias.to(self.dtype)
+        return out.to(states.dtype)
 
 
 class _Dequantised(torch.autograd.Function):
