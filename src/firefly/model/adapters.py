@@ -86,7 +86,7 @@ def load_for_training(
     if section.method != "full":
         attach(model, section, directory)
         if bf16 and section.method != "qlora":
-            for layer in _linear_layers(transformers_model(model)).values():
+            for layer in linear_layers(transformers_model(model)).values():
                 if not layer.weight.requires_grad:
                     layer.weight.data = layer.weight.data.to(torch.bfloat16)
     return model
@@ -156,7 +156,7 @@ def load_adapter(model: CausalModel, directory: Path) -> None:
         state = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged ({error}); fetch the adapter again.") from error
-    linear = _linear_layers(inner)
+    linear = linear_layers(inner)
     for name in state:
         layer, _, part = name.partition(".lora_")
         if not part or layer not in linear:
@@ -282,7 +282,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _linear_layers(inner: nn.Module) -> dict[str, nn.Linear]:
+def linear_layers(inner: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers by name, those inside adapters and the head left out."""
     return {
         name.removesuffix(".base_layer"): module
@@ -293,7 +293,7 @@ def _linear_layers(inner: nn.Module) -> dict[str, nn.Linear]:
 
 def _targets(inner: nn.Module, wanted: list[str]) -> list[str]:
     """The ends of the names of the layers that get adapters: those asked for, or all of them."""
-    names = list(_linear_layers(inner))
+    names = list(linear_layers(inner))
     leaves = sorted({name.rpartition(".")[2] for name in names})
     for target in wanted:
         if not any(f".{name}".endswith(f".{target}") for name in names):
@@ -307,7 +307,7 @@ def quantize(inner: nn.Module, device: torch.device, bf16: bool) -> None:
     """Move a network to `device`, in place: linear layers below the head in NF4 with their products in bf16 or
     float32, other matrices in that dtype, norms and biases in float32."""
     bitsandbytes, dtype = _bitsandbytes(), torch.bfloat16 if bf16 else torch.float32
-    for name, layer in _linear_layers(inner).items():
+    for name, layer in linear_layers(inner).items():
         small = bitsandbytes.nn.Linear4bit(
             layer.in_features,
             layer.out_features,
