@@ -11,7 +11,6 @@ A recipe is a path, with `section.key=value` overrides, or a `Recipe`. What the 
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from firefly.errors import InputError, ModelError
+from firefly.errors import InputError
 from firefly.recipe import GenerationSection, Recipe
 
 if TYPE_CHECKING:  # the functions import what they need, so that `firefly --help` is instant
@@ -30,6 +29,7 @@ if TYPE_CHECKING:  # the functions import what they need, so that `firefly --hel
     from firefly.app.verse import VerseResult
     from firefly.data.peek import PeekedSample
     from firefly.data.survey import StatsResult
+    from firefly.evaluate.result import EvaluateResult
     from firefly.evaluate.rhyme import Book
     from firefly.model.adapters import MergeResult
     from firefly.prune.layout import SizeTable
@@ -279,24 +279,33 @@ def runs(*places: str | Path, png: str | Path | None = None) -> RunsResult:
     return list_runs([Path(place) for place in places], Path(png) if png else None)
 
 
-def evaluate(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:
-    """Evaluate a trained model on held-out data, before against after; give the recipe or its output directory.
+def evaluate(
+    *models: RecipeLike,
+    overrides: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    chat_format: str | None = None,
+) -> EvaluateResult:
+    """Measure models side by side on held-out data: bits per byte, and each task's metric on generated answers.
 
-    Raises `ModelError` when nothing was trained yet.
+    A model is a directory, a run's output directory, a hub name, or "NAME=DIR". `data` is a dataset directory or a
+    file of questions; without it, the held-out side of a run's dataset. A single recipe or run, and no option, means
+    the run's own stage: base, pruned and tuned. Called again, it goes on where it was.
     """
-    from firefly.app.pipeline import run_stages
+    from firefly.app.evaluation import OUTPUT, evaluate_models, evaluate_run, is_run
 
-    if not isinstance(recipe, Recipe) and Path(recipe).is_dir():
-        place = Path(recipe)
-        if not (place / "recipe.toml").is_file():
-            raise ModelError(
-                f"{place} is not a run's output directory (no recipe.toml in it); check the path."
-            )
-        recipe, overrides = place / "recipe.toml", [*overrides, f"output_dir={json.dumps(str(place))}"]
-    made = _recipe(recipe, overrides)
-    if not (made.out / "model").is_dir():
-        raise ModelError(f"{made.out} has no trained model yet; run `firefly train` with this recipe first.")
-    return run_stages(made)
+    alone = len(models) == 1 and not (tasks or data or output or chat_format)
+    if alone and (isinstance(models[0], Recipe) or is_run(models[0])):
+        return evaluate_run(models[0], overrides)
+    return evaluate_models(
+        [str(model) for model in models],
+        overrides,
+        tasks=tasks,
+        data=data,
+        output=Path(output) if output else OUTPUT,
+        chat_format=chat_format,
+    )
 
 
 def merge(run_or_adapter: str | Path, output: str | Path, *, base: str | Path | None = None) -> MergeResult:

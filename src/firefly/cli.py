@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -91,17 +92,6 @@ def _stage_lines(result: Any) -> list[str]:
         for name, stage in result.stages.items()
     ]
     return [f"{result.name}: {result.output}", *rows]
-
-
-def _score_lines(result: Any) -> list[str]:
-    """Stages, then bits per byte of every task, model after model."""
-    models = result.stages["evaluate"].result["models"]
-    kinds = {kind: None for scores in models.values() for kind in scores["held_out"]}
-    rows = [f"{'bits per byte':20}" + "".join(f"{name:>9}" for name in models)]
-    for kind in kinds:
-        values = (scores["held_out"][kind]["bits_per_byte"] for scores in models.values())
-        rows.append(f"{kind:20}" + "".join(f"{value:9.3f}" for value in values))
-    return [*_stage_lines(result), "", *rows, f"report: {result.output}/evaluation/report.html"]
 
 
 @app.command(
@@ -513,21 +503,54 @@ def runs(
 @app.command(
     epilog=_examples(
         "firefly evaluate out/demo",
-        "firefly evaluate recipes/demo.toml evaluate.generations_per_kind=50",
+        "firefly evaluate demo:base out/demo --tasks Couplet,AncientPoem evaluate.generations_per_kind=200",
+        "firefly evaluate before=out/first after=out/second --data questions.jsonl generation.do_sample=false",
     )
 )
 @_keeps_what_is_done
 def evaluate(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE|DIR", help="A recipe, or the output directory of a run.")
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL... [SECTION.KEY=VALUE]...",
+            help="Model directories, runs' output directories or hub names, as NAME=MODEL to name them in the report; "
+            "or one recipe or run alone, to compare its base, pruned and tuned model. Then values that replace the "
+            "recipe's.",
+        ),
     ],
-    overrides: Overrides = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks, with commas between.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A dataset directory, or a file of questions; by default what a run held out."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the report goes (out/evaluation).")
+    ] = None,
+    chat_format: Annotated[
+        str | None, typer.Option(help="How to ask, such as firefly or chatml; by default as the model says.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a recipe's model on held-out data, before against after training."""
+    """Measure models side by side on held-out data; run again, it goes on where it was stopped."""
+    from firefly.evaluate.report import text_table
+
     console.quiet(quiet)
-    _show(api.evaluate(recipe, overrides or []), as_json, _score_lines)
+    overrides = [text for text in models if re.match(r"\w+(\.\w+)+=", text)]
+    result = api.evaluate(
+        *[text for text in models if text not in overrides],
+        overrides=overrides,
+        tasks=_listed(tasks),
+        data=data,
+        output=output,
+        chat_format=chat_format,
+    )
+    _show(result, as_json, lambda found: [text_table(found), f"report: {found.report}"])
+
+
+def _listed(text: str | None) -> list[str]:
+    """The members of an option such as `--tasks Couplet,AncientPoem`."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _merge_lines(result: Any) -> list[str]:

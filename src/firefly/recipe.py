@@ -327,7 +327,12 @@ class EvaluateSection(Section):
     generations_per_kind: Annotated[int, Field(ge=0)] = Field(
         default=16, description="held-out prompts answered per task"
     )
-    batch_size: Annotated[int, Field(ge=1)] = Field(default=16, description="prompts answered at once")
+    batch_size: Annotated[int, Field(ge=1)] = Field(default=32, description="prompts answered at once")
+    precision: Literal["float32", "bf16"] = Field(
+        default="float32",
+        description="weights and arithmetic. In bf16, half the memory, a close call between two tokens may turn with "
+        "the batch",
+    )
 
 
 class Recipe(Section):
@@ -379,8 +384,12 @@ class Recipe(Section):
         return cls.from_table(table, str(path))
 
     @classmethod
-    def from_table(cls, table: dict[str, Any], origin: str = "the recipe") -> Recipe:
-        """Validate a table of recipe values; raises `RecipeError` with every mistake at once."""
+    def from_table(
+        cls, table: dict[str, Any], origin: str = "the recipe", overrides: Sequence[str] = ()
+    ) -> Recipe:
+        """Validate a table of recipe values, with overrides; raises `RecipeError` with every mistake at once."""
+        for override in overrides:
+            _apply(table, override)
         try:
             return cls.model_validate(table)
         except ValidationError as error:

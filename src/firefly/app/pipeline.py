@@ -8,7 +8,7 @@ Killed anywhere and run again, a run ends with the same bytes.
     OUT/dataset   examples, rejects, card.json         OUT/run         checkpoints, metrics, curves.png
     OUT/pruned    the pruned base, prune.json          OUT/model       the finished model directory
     OUT/tokens    ids, masks, borders, lengths.png     OUT/adapter     of lora, dora, qlora: merged in OUT/model
-                                                       OUT/evaluation  results.json, report.html
+                                                       OUT/evaluation  report.html, results.json, answers.jsonl
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from firefly.data.tasks import task_files_mark
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import encode_dataset
 from firefly.errors import CheckpointError, OutputError, RecipeError
+from firefly.evaluate.measure import Settings
+from firefly.evaluate.questions import read_questions
 from firefly.evaluate.run import evaluate
 from firefly.files import exclusive, locate, sha256_file, sha256_json, write_atomic, write_json, writing_to
 from firefly.model.adapters import require_method
@@ -217,17 +219,16 @@ class _Line:
             lambda: train(self.recipe, self.model, self.out / "tokens", self.out / "run", self.out / "model"),
         )
 
-    def evaluate(self, base: Path) -> None:  # noqa: ARG002 - stages have one signature
-        recipe = self.recipe
+    def evaluate(self, base: Path) -> None:
+        recipe, place = self.recipe, self.out / "evaluation"
         depends = [recipe.evaluate.model_dump(), recipe.generation.model_dump(), self.marks["train"]]
-        models = {"base": self.model, "tuned": self.out / "model"}
-        place = self.out / "evaluation"
-        self._stage(
-            "evaluate",
-            place,
-            depends,
-            lambda: evaluate(recipe, models, self.out / "dataset", self.out / "tokens", place),
-        )
+        pruned = {"pruned": self.model} if recipe.prune else {}
+        models = {"base": base, **pruned, "tuned": self.out / "model"}
+
+        def work() -> Any:
+            return evaluate(models, read_questions(self.out / "dataset"), Settings.of(recipe), place)
+
+        self._stage("evaluate", place, depends, work)
 
     def _stage(self, name: StageName, place: Path, depends: Any, work: Callable[[], Any]) -> None:
         mark = sha256_json([name, firefly.__version__, depends])

@@ -22,9 +22,12 @@ from firefly.evaluate import answers, forms
 from firefly.evaluate.verse import judge_couplet, judge_poem
 
 Scores = dict[str, float]
+Intervals = dict[str, tuple[float, float]]
+"""The 95 % confidence interval of each number, from low to high."""
 Rows = Sequence[Sequence[float]] | NDArray[Any]
 CHRF_ORDER, CHRF_BETA = 6, 2
 BLEU_ORDER = 4
+REPEATED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +50,21 @@ class Metric:
 def score(name: str, answered: Sequence[Answered]) -> Scores:
     """Judge the answers of one task by its metric, and always by chrF and BLEU; the headline comes first.
 
-    Raises `InputError` with the choices for an unknown metric, and when there is nothing to judge.
+    Free writing, judged by `distinct`, is also judged by `repetition`. Raises `InputError` with the choices for an
+    unknown metric, and when there is nothing to judge.
     """
+    return judge(name, answered, num_resamples=0)[0]
+
+
+def judge(name: str, answered: Sequence[Answered], num_resamples: int = 1000) -> tuple[Scores, Intervals]:
+    """`score`, and the confidence interval of each number."""
     scores: Scores = {}
-    for one in dict.fromkeys((name, "chrf", "bleu")):
-        scores |= _scores(metric(one), answered)
-    return scores
+    found: Intervals = {}
+    for one in dict.fromkeys((name, *(["repetition"] if name == "distinct" else []), "chrf", "bleu")):
+        rows = _rows(metric(one), answered)
+        scores |= metric(one).scores(rows.sum(axis=0))
+        found |= bootstrap(rows, metric(one).scores, num_resamples)
+    return scores, found
 
 
 def metric(name: str) -> Metric:
@@ -62,31 +74,28 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def intervals(
-    name: str, answered: Sequence[Answered], *, num_resamples: int = 1000, level: float = 0.95, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """Bootstrap confidence intervals of a metric's numbers: percentiles over resampled answers (Efron 1979).
+def bootstrap(
+    rows: NDArray[Any],
+    scores: Callable[[NDArray[Any]], Scores],
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Intervals:
+    """Confidence intervals of what `scores` makes of the rows' sum: percentiles over resampled rows (Efron 1979).
 
-    Empty for `distinct`: a resample repeats answers, and repetition is what that counts.
+    Empty for a single row, such as that of `distinct`: a resample repeats answers, and repetition is what that counts.
     """
-    if name == "distinct":
+    if len(rows) < 2 or not num_resamples:
         return {}
-    judge = metric(name)
-    rows = _rows(judge, answered)
-    draws = np.random.default_rng(seed).multinomial(
-        len(rows), np.full(len(rows), 1 / len(rows)), num_resamples
-    )
-    resampled = [judge.scores(total) for total in draws @ rows]
+    shares = np.full(len(rows), 1 / len(rows))
+    draws = np.random.default_rng(seed).multinomial(len(rows), shares, num_resamples)
+    resampled = [scores(total) for total in draws @ rows]
     ends = [50 * (1 - level), 50 * (1 + level)]
     found = {}
-    for key in judge.scores(rows.sum(axis=0)):
-        low, high = np.percentile([scores[key] for scores in resampled if key in scores], ends)
+    for key in scores(rows.sum(axis=0)):
+        low, high = np.percentile([one[key] for one in resampled if key in one], ends)
         found[key] = (float(low), float(high))
     return found
-
-
-def _scores(judge: Metric, answered: Sequence[Answered]) -> Scores:
-    return judge.scores(_rows(judge, answered).sum(axis=0))
 
 
 def _rows(judge: Metric, answered: Sequence[Answered]) -> NDArray[Any]:
@@ -275,6 +284,18 @@ def _distinct(total: NDArray[Any]) -> Scores:
     }
 
 
+def _count_repetition(answered: Sequence[Answered]) -> Rows:
+    """[n-grams that stand earlier in the same answer, n-grams] of `REPEATED` characters."""
+    texts = ["".join(item.answer.split()) for item in answered]
+    grams = [_ngrams(text, REPEATED) for text in texts]
+    return [[each.total() - len(each), each.total()] for each in grams]
+
+
+def _repetition(total: NDArray[Any]) -> Scores:
+    """The share of n-grams that repeat one of the same answer (Welleck et al. 2020): high when it goes in circles."""
+    return {"repetition": float(total[0] / max(total[1], 1))}
+
+
 def _ngrams(text: Sequence[str], n: int) -> Counter[Any]:
     return Counter(text[start : start + n] for start in range(len(text) - n + 1))
 
@@ -386,4 +407,5 @@ METRICS: dict[str, Metric] = {
     "couplet": Metric(_count_couplets, _couplet),
     "poem": Metric(_count_poems, _poem),
     "distinct": Metric(_count_distinct, _distinct),
+    "repetition": Metric(_count_repetition, _repetition),
 }

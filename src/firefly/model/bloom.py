@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from firefly.errors import ModelError
-from firefly.model.packed import PackedAttention, PackedInput, packed_attention
+from firefly.model.packed import AttentionMaker, PackedAttention, PackedInput, packed_attention
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class Bloom(nn.Module):
         """The decoder layers, first to last."""
         return self.transformer.h
 
-    def hidden(self, batch: PackedInput) -> Tensor:
+    def hidden(self, batch: PackedInput, attend: AttentionMaker = packed_attention) -> Tensor:
         """Final hidden states, T C."""
         stem = self.transformer
         states = stem.word_embeddings_layernorm(stem.word_embeddings(batch.input_ids))  # T C
-        attention = packed_attention(batch.borders, states.device, self.slopes)
+        attention = attend(batch.borders, states.device, self.slopes)
         for index, layer in enumerate(stem.h):
             if self.training and self.checkpoint_every and index % self.checkpoint_every == 0:
                 states = checkpoint(layer, states, attention, use_reentrant=False)

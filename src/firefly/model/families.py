@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from firefly.errors import ModelError, choices
 from firefly.model.bloom import Bloom, BloomShape
-from firefly.model.packed import PackedInput, packed_attention, register_with_transformers
+from firefly.model.packed import AttentionMaker, PackedInput, packed_attention, register_with_transformers
 
 
 class HubModel(nn.Module):
@@ -58,12 +58,12 @@ class HubModel(nn.Module):
         for index, layer in enumerate(self.layers):
             setattr(layer, "gradient_checkpointing", bool(every) and index % every == 0)  # noqa: B010 - not nn.Module's own
 
-    def hidden(self, batch: PackedInput) -> Tensor:
+    def hidden(self, batch: PackedInput, attend: AttentionMaker = packed_attention) -> Tensor:
         """Final hidden states, T C."""
         out = self.inner.base_model(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
-            packed=packed_attention(batch.borders, batch.input_ids.device),
+            packed=attend(batch.borders, batch.input_ids.device, None),
         )
         return out.last_hidden_state[0]  # type: ignore[no-any-return]
 

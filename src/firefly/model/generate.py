@@ -1,46 +1,90 @@
-"""Answers from a model directory, through plain transformers: many prompts at once, or one token by token.
+"""Answers from a model directory: many prompts together, or one token by token; key/value cache, no padding.
 
     generator = open_generator(directory, device, chat_format.stop_ids)
-    generator.answer(prompts, options)                           # batch of prompts → batch of answers
+    generator.answer(prompts, options)                           # prompts → answers
+    generator.answers(prompts, options)                          # the same, each as it is done, in any order
     generator.stream(prompt, options, on_token, should_stop)     # one prompt; each token as it comes
 
-Prompts and answers are lists of token ids. What the options do not name is off: the model directory's own
-generation_config.json counts for its end-of-text tokens alone.
+Prompts and answers are lists of token ids. Each step reads one token of every open answer, and whole prompts where an
+answer has just ended, all packed into one row: there is no padding, and a long answer keeps no other one waiting.
+
+In float32 an answer does not depend on what is answered beside it: a close call between tokens is decided by reading
+that text alone (see `sampling`), and each answer draws its own random numbers. In bf16 close calls may turn.
+What the options do not name is off: the directory's own generation_config.json counts for its end-of-text tokens alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from firefly.errors import ModelError
-from firefly.model.hub import quiet_transformers
-from firefly.model.load import read_config
-from firefly.model.shards import weight_files
+from firefly.model.cache import KeyValueCache
+from firefly.model.families import CausalModel
+from firefly.model.load import load_model, read_config
+from firefly.model.packed import PackedInput, on_device
+from firefly.model.sampling import TIE, chances, drawn, likeliest, penalise
 from firefly.recipe import GenerationSection
+
+_PROMPT_TOKENS = 4096  # tokens of new prompts that one step reads, unless a single prompt has more
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to answer, in at most how many tokens; `key` names its random numbers, the ids themselves by default."""
+
+    ids: Sequence[int]
+    max_new_tokens: int
+    key: str = ""
+
+
+@dataclass(slots=True)
+class _Row:
+    """An open answer."""
+
+    number: int
+    prompt: Prompt
+    chances: np.random.Generator
+    answer: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A transformers model with its KV cache; an answer ends at any of `eos_ids`."""
+    """A model whose answers end at any of `eos_ids`."""
 
-    model: Any
+    model: CausalModel
     device: torch.device
     eos_ids: tuple[int, ...]
 
     def answer(
-        self, prompts: Sequence[Sequence[int]], options: GenerationSection, max_new_tokens: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationSection,
+        max_new_tokens: int | None = None,
+        batch_size: int = 16,
     ) -> list[list[int]]:
-        """Answer all prompts in one batch; token ids without end-of-text or padding.
+        """Answer all prompts; token ids without end-of-text. `max_new_tokens` goes before the options' own."""
+        limit = max_new_tokens or options.max_new_tokens
+        answers: list[list[int]] = [[] for _ in prompts]
+        for number, ids in self.answers([Prompt(ids, limit) for ids in prompts], options, batch_size):
+            answers[number] = ids
+        return answers
 
-        The same prompts and options give the same answers. `max_new_tokens` goes before the options' own.
-        """
-        return self._generate(prompts, options, max_new_tokens) if prompts else []
+    def answers(
+        self, prompts: Sequence[Prompt], options: GenerationSection, batch_size: int = 16
+    ) -> Iterator[tuple[int, list[int]]]:
+        """The number of each prompt and its answer as it is done, up to `batch_size` at a time, the longest first."""
+        for row, _ in self._steps(prompts, options, batch_size):
+            if self._is_done(row):
+                yield row.number, [token for token in row.answer if token not in self.eos_ids]
 
     def stream(
         self,
@@ -54,105 +98,132 @@ class Generator:
         `should_stop` is asked after every token, so a flag set by a signal handler ends the answer there.
         Everything runs in the caller's thread.
         """
-        return self._generate([prompt], options, None, [_Watch(on_token, should_stop, self.eos_ids)])[0]
+        answer = []
+        for _, token in self._steps([Prompt(prompt, options.max_new_tokens)], options, 1):
+            if token in self.eos_ids:
+                break
+            answer.append(token)
+            on_token(token)
+            if should_stop():
+                break
+        return answer
 
-    def _generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        options: GenerationSection,
-        max_new_tokens: int | None,
-        watches: Sequence[Callable[..., Tensor]] = (),
-    ) -> list[list[int]]:
-        from transformers import StoppingCriteriaList
-
-        width = max(map(len, prompts))
-        # Older transformers let the repetition penalty see padding too: each row's padding is a token of its own.
-        rows = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        seen = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        forked = [self.device] if self.device.type == "cuda" else []
-        with quiet_transformers(), torch.random.fork_rng(forked):
-            torch.manual_seed(options.seed)
-            out = self.model.generate(
-                input_ids=torch.tensor(rows, device=self.device),
-                attention_mask=torch.tensor(seen, device=self.device),
-                generation_config=self._config(options, max_new_tokens),
-                stopping_criteria=StoppingCriteriaList(watches),
-            )
-        return [self._until_eos(row) for row in out[:, width:].tolist()]
-
-    def _config(self, options: GenerationSection, max_new_tokens: int | None) -> Any:
-        from transformers import GenerationConfig
-
-        sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens or options.max_new_tokens,
-            do_sample=options.do_sample,
-            repetition_penalty=options.repetition_penalty,
-            eos_token_id=list(self.eos_ids),
-            pad_token_id=self.eos_ids[0],
-            use_cache=True,
-            **(sampling if options.do_sample else {}),
+    def _steps(
+        self, prompts: Sequence[Prompt], options: GenerationSection, batch_size: int
+    ) -> Iterator[tuple[_Row, int]]:
+        """Every new token with the answer that it went to; one step after the other."""
+        waiting = deque(
+            sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids) - prompts[i].max_new_tokens)
         )
+        cache = KeyValueCache(min(batch_size, len(prompts)))
+        seen = torch.zeros(cache.num_rows, len(self.model.head), dtype=torch.bool, device=self.device)
+        rows: list[_Row] = []
+        while waiting or rows:
+            num_old, num_tokens = len(rows), 0
+            while waiting and len(rows) < cache.num_rows:
+                prompt = prompts[waiting[0]]
+                num_tokens += len(prompt.ids)
+                if num_tokens > _PROMPT_TOKENS and len(rows) > num_old:
+                    break
+                seen[len(rows)] = False
+                seen[len(rows), list(prompt.ids)] = True
+                key = prompt.key or " ".join(map(str, prompt.ids))
+                rows.append(_Row(waiting.popleft(), prompt, chances(options.seed, key)))
+            texts = [row.answer[-1:] if row.answer else row.prompt.ids for row in rows]
+            tokens = self._choose(self._hidden(cache, texts), rows, seen[: len(rows)], options)
+            seen[range(len(rows)), tokens] = True
+            for place in reversed(range(len(rows))):
+                row, token = rows[place], tokens[place]
+                row.answer.append(token)
+                yield row, token
+                if self._is_done(row):
+                    cache.drop(place)
+                    seen[place] = seen[len(rows) - 1]
+                    rows[place] = rows[-1]
+                    rows.pop()
 
-    def _until_eos(self, ids: list[int]) -> list[int]:
-        end = next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
-        return ids[:end]
+    def _is_done(self, row: _Row) -> bool:
+        return len(row.answer) == row.prompt.max_new_tokens or row.answer[-1] in self.eos_ids
 
+    @torch.no_grad()
+    def _hidden(self, cache: KeyValueCache, texts: Sequence[Sequence[int]]) -> Tensor:
+        """The last hidden state of every row, R C, after its new tokens."""
+        starts = [*cache.lengths, *[0] * (len(texts) - len(cache.lengths))]
+        borders = np.cumsum([0, *map(len, texts)])
+        positions = [range(start, start + len(text)) for start, text in zip(starts, texts, strict=True)]
+        nothing = torch.empty(0, dtype=torch.long)
+        batch = PackedInput(
+            on_device(np.concatenate([np.asarray(text, np.int64) for text in texts]), self.device),
+            on_device(np.concatenate(positions).astype(np.int64), self.device),
+            borders.tolist(),
+            nothing,
+            nothing,
+        )
+        states = self.model.hidden(batch, cache.attention)
+        return states[on_device(borders[1:] - 1, self.device)]
 
-class _Watch:
-    """A stopping criterion that hands each new token of a single row over, and asks whether to stop there."""
+    @torch.no_grad()
+    def _choose(
+        self, states: Tensor, rows: Sequence[_Row], seen: Tensor, options: GenerationSection
+    ) -> list[int]:
+        """The next token of each row, from its hidden state (R C) and the tokens that it has `seen` (R V)."""
+        logits = penalise(F.linear(states, self.model.head).float(), seen, options.repetition_penalty)
+        if not bool(logits.amax(1).isfinite().all()):
+            raise ModelError(
+                "The model's logits are not finite numbers: its weights are damaged; fetch it again."
+            )
+        draws = torch.tensor([row.chances.random() for row in rows]).to(self.device, torch.float32)
+        found, close = drawn(logits, options, draws) if options.do_sample else likeliest(logits)
+        tokens: list[int] = found.tolist()
+        if self.model.head.dtype == torch.float32:
+            for place in close.nonzero()[:, 0].tolist():
+                one = slice(place, place + 1)
+                text = [*rows[place].prompt.ids, *rows[place].answer]
+                state = self._hidden(KeyValueCache(1), [text])
+                tokens[place] = self._decide(state, logits[one], seen[one], draws[one], options)
+        return tokens
 
-    def __init__(
-        self, on_token: Callable[[int], object], should_stop: Callable[[], bool], eos_ids: tuple[int, ...]
-    ) -> None:
-        self.on_token, self.should_stop, self.eos_ids, self.done = on_token, should_stop, eos_ids, False
-
-    def __call__(self, input_ids: Tensor, _scores: Any, **_unused: Any) -> Tensor:
-        token = int(input_ids[0, -1])
-        self.done = self.done or token in self.eos_ids
-        if not self.done:  # transformers may run a step beyond the end before it looks
-            self.on_token(token)
-            self.done = self.should_stop()
-        return torch.tensor([self.done], device=input_ids.device)
+    def _decide(
+        self, state: Tensor, logits: Tensor, seen: Tensor, draw: Tensor, options: GenerationSection
+    ) -> int:
+        """A close call, decided by the state (1 C) that the text has alone; `logits` (1 V) tell what is close."""
+        if options.do_sample:
+            exact = penalise(F.linear(state, self.model.head), seen, options.repetition_penalty)
+            return int(drawn(exact, options, draw)[0])
+        # The few rivals alone, and in float64: so the size of the vocabulary, which pruning changes, does not count.
+        highest = logits.max()
+        rivals = (logits[0] >= highest - 2 * TIE * highest.abs()).nonzero()[:, 0]
+        exact = F.linear(state.double(), self.model.head[rivals].double())
+        return int(rivals[penalise(exact, seen[:, rivals], options.repetition_penalty).argmax()])
 
 
 def open_generator(
-    directory: Path, device: torch.device | str = "cpu", eos_ids: Sequence[int] = ()
+    directory: Path, device: torch.device | str = "cpu", eos_ids: Sequence[int] = (), bf16: bool | None = None
 ) -> Generator:
-    """Open a model directory for generation: float32 on the CPU, bf16 on CUDA.
+    """Open a model directory for generation, in bf16 or float32; by default float32 on the CPU, bf16 on CUDA.
 
     `eos_ids`, the chat format's, end an answer beside those that the directory's configuration names.
-    Raises `ModelError` for missing or damaged weights, an unknown architecture, or no end-of-text token at all.
+    Raises `ModelError` for missing or damaged weights, an unsupported family, or no end-of-text token at all.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    read_config(directory)
-    weight_files(directory)
     place = torch.device(device)
-    try:
-        with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=torch.bfloat16 if place.type == "cuda" else torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(f"transformers cannot open the model directory {directory}: {first_line}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"{directory} lacks the tensor {missing[0]} ({len(missing)} in all); fetch it again."
-        )
-    named = model.generation_config.eos_token_id
+    ends = end_tokens(directory, eos_ids)
+    half = place.type == "cuda" if bf16 is None else bf16
+    model = load_model(directory, place, torch.bfloat16 if half else torch.float32)
+    return Generator(model.eval(), place, ends)
+
+
+def end_tokens(directory: Path, eos_ids: Sequence[int] = ()) -> tuple[int, ...]:
+    """The tokens that end an answer: `eos_ids`, and those that generation_config.json or config.json names.
+
+    Raises `ModelError` when there is none.
+    """
+    path = directory / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else read_config(directory)
+    named = settings.get("eos_token_id")
     ends = dict.fromkeys([*eos_ids, *(named if isinstance(named, list) else [named])])
     found = tuple(number for number in ends if number is not None)
     if not found:
         raise ModelError(
             f"{directory} names no eos_token_id in config.json, so an answer could never end; add one."
         )
-    model.generation_config = GenerationConfig()
-    return Generator(model.to(place).eval(), place, found)
+    return found

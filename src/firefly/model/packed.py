@@ -11,7 +11,7 @@ within the document. The same attention serves BLOOM and, through transformers' 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -77,6 +77,10 @@ class PackedAttention(Protocol):
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None
     ) -> Tensor:
         """Attend: query T H D, key and value T G D; returns T H D. With a window, only to the nearest keys so many."""
+
+
+AttentionMaker = Callable[[Sequence[int], torch.device, Tensor | None], PackedAttention]
+"""Makes the attention of one batch from its borders, device and ALiBi slopes (or None), as `packed_attention` does."""
 
 
 def packed_attention(

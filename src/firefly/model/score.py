@@ -65,18 +65,28 @@ def loss_by_kind(
     sums: dict[str, list[float]] = {}  # kind → nats, tokens, bytes
     was_training = model.training
     for batch in batches:
-        num_samples = len(batch.sample_ids)
-        losses = token_losses(model, PackedInput.of(batch, device), bf16).double().cpu()
-        samples = torch.from_numpy(batch.target_samples)
-        nats = torch.bincount(samples, losses, num_samples).tolist()
-        counts = torch.bincount(samples, minlength=num_samples).tolist()
-        for number, *amounts in zip(batch.sample_ids, nats, counts, strict=True):
+        for number, *amounts in zip(
+            batch.sample_ids, *sample_losses(model, batch, device, bf16), strict=True
+        ):
             for name in (kinds[number], "all"):
                 entry = sums.setdefault(name, [0.0, 0.0, 0.0])
                 for column, amount in enumerate([*amounts, target_bytes[number]]):
                     entry[column] += amount
     model.train(was_training)
-    return {
-        name: {"loss": nats / max(count, 1), "bits_per_byte": nats / math.log(2) / max(size, 1)}
-        for name, (nats, count, size) in sorted(sums.items())
-    }
+    return {name: mean_loss(*amounts) for name, amounts in sorted(sums.items())}
+
+
+def sample_losses(
+    model: CausalModel, batch: SupportsScoring, device: torch.device, bf16: bool = False
+) -> tuple[list[float], list[int]]:
+    """For each sample of a batch its loss in nats, summed over its learned tokens, and their number."""
+    num_samples = len(batch.sample_ids)
+    losses = token_losses(model, PackedInput.of(batch, device), bf16).double().cpu()
+    samples = torch.from_numpy(batch.target_samples)
+    nats = torch.bincount(samples, losses, num_samples).tolist()
+    return nats, torch.bincount(samples, minlength=num_samples).tolist()
+
+
+def mean_loss(nats: float, num_tokens: float, num_bytes: float) -> dict[str, float]:
+    """`loss` in nats a token, and `bits_per_byte`."""
+    return {"loss": nats / max(num_tokens, 1), "bits_per_byte": nats / math.log(2) / max(num_bytes, 1)}

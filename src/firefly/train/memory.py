@@ -244,7 +244,7 @@ def _walk(
             ledger.begin_phase()  # layers before it, the loss after it: their peaks grow differently with the depth
             return states
 
-        model.hidden = hidden  # type: ignore[method-assign]
+        model.hidden = hidden  # type: ignore[method-assign, assignment]
         hook = _halves(ledger, len(parameters))
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
