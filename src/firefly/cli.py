@@ -532,7 +532,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure models side by side on held-out data; run again, it goes on where it was stopped."""
+    """Measure models side by side on held-out data; goes on where it was stopped."""
     from firefly.evaluate.report import text_table
 
     console.quiet(quiet)

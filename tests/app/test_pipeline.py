@@ -86,16 +86,20 @@ def test_evaluate_takes_the_output_directory(
     api.run(make())
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert skipped(api.evaluate("../out")) == list(STAGES)
+    made = (tmp_path / "out" / "evaluation" / "results.json").stat()
+    first = api.evaluate("../out")
+    assert list(first.models) == ["base", "pruned", "tuned"] and Path(first.report).is_file()
     (tmp_path / "out").rename(tmp_path / "流萤 moved")
-    assert skipped(api.evaluate("../流萤 moved")) == list(STAGES)
+    again = api.evaluate("../流萤 moved")
+    assert again.models == first.models and Path(again.report).is_file()
+    assert (tmp_path / "流萤 moved" / "evaluation" / "results.json").stat().st_mtime_ns == made.st_mtime_ns
     assert not any((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "out").exists()
 
 
 def test_evaluate_never_trains(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="run `firefly train`"):
         api.evaluate(make())
-    with pytest.raises(ModelError, match="not a run's output directory"):
+    with pytest.raises(ModelError, match="neither a model directory"):
         api.evaluate(tmp_path)
 
 

@@ -6,6 +6,7 @@ import math
 import random
 import warnings
 
+import numpy as np
 import pytest
 import sacrebleu
 import seqeval.metrics
@@ -17,7 +18,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 
 from firefly.data.tasks import load_tasks
 from firefly.errors import InputError
-from firefly.evaluate.metrics import METRICS, Answered, intervals, score
+from firefly.evaluate.metrics import METRICS, Answered, Intervals, bootstrap, judge, metric, score
 
 REFERENCE = "他比喻做了多余的事情，反而不恰当。"
 NEAR = "比喻做了多余的事，反而不恰当。"
@@ -76,6 +77,13 @@ def test_distinct_counts_character_grams_within_answers() -> None:
     assert values["distinct_1"] == pytest.approx(2 / 5)
     assert values["distinct_2"] == pytest.approx(2 / 3)  # 春春 春春 春秋; none across answers
     assert next(iter(values)) == "distinct_2"
+
+
+def test_repetition_is_within_an_answer_and_free_writing_is_judged_by_it() -> None:
+    values = score("distinct", answered(("x", "春眠不觉晓，春眠不觉晓，"), ("x", "春眠不觉晓，")))
+    assert values["repetition"] == pytest.approx(3 / 12)  # 春眠不觉 眠不觉晓 不觉晓， of 9 and 3
+    assert score("distinct", answered(("x", "花"), ("x", "花")))["repetition"] == 0
+    assert "repetition" not in score("rouge", answered(("x", "花")))
 
 
 def test_couplets_and_poems_are_averaged_and_come_first() -> None:
@@ -227,6 +235,12 @@ def test_correction_f1_is_scikit_learns_over_changed_characters(
 # Confidence intervals ------------------------------------------------------------------------------------------------
 
 
+def intervals(name: str, items: list[Answered], num_resamples: int) -> Intervals:
+    """Those of the metric's own numbers."""
+    own = metric(name).scores(np.asarray(metric(name).count(items), float).sum(axis=0))
+    return {key: ends for key, ends in judge(name, items, num_resamples)[1].items() if key in own}
+
+
 @pytest.mark.parametrize("name", sorted(METRICS))
 def test_intervals_hold_the_score_and_do_not_depend_on_the_order(name: str) -> None:
     draw = random.Random(0)
@@ -237,9 +251,14 @@ def test_intervals_hold_the_score_and_do_not_depend_on_the_order(name: str) -> N
     found = intervals(name, items, num_resamples=200)
     values = score(name, items)
     assert found == intervals(name, items, num_resamples=200)
-    assert (found == {}) == (name == "distinct")
+    assert (found == {}) == (name == "distinct")  # of a whole set; a resample would repeat answers
     for key, (low, high) in found.items():
         assert low <= values[key] + 1e-9 and values[key] <= high + 1e-9, key
+
+
+def bootstrap_of_accuracy(items: list[Answered], seed: int) -> tuple[float, float]:
+    rows = np.asarray(metric("accuracy").count(items), float)
+    return bootstrap(rows, metric("accuracy").scores, 300, seed=seed)["accuracy"]
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
@@ -247,7 +266,8 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     hits = 0
     for trial in range(100):
         items = answered(*(("好评", "好评" if draw.random() < 0.7 else "差评") for _ in range(60)))
-        low, high = intervals("accuracy", items, num_resamples=300, seed=trial)["accuracy"]
+        low, high = bootstrap_of_accuracy(items, trial)
         hits += low <= 0.7 <= high
     assert 85 <= hits <= 100
-    assert intervals("accuracy", answered(("好评", "好评")) * 5)["accuracy"] == (1.0, 1.0)
+    assert bootstrap_of_accuracy(answered(("好评", "好评")) * 5, 0) == (1.0, 1.0)
+    assert judge("accuracy", answered(("好评", "好评")))[1] == {}  # one answer says nothing about others

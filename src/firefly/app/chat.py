@@ -27,7 +27,9 @@ from firefly.data.example import Message
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.errors import FireflyError, InputError, ModelError, choices
 from firefly.files import locate
-from firefly.model.generate import open_generator
+from firefly.model.families import FAMILIES
+from firefly.model.generate import Generator, open_generator
+from firefly.model.hub_generate import HubGenerator, open_hub_generator
 from firefly.model.load import read_config
 from firefly.model.shards import weight_files
 from firefly.recipe import GenerationSection
@@ -133,7 +135,11 @@ class Conversation:
         self.tokenizer = ModelTokenizer.load(directory)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.chat_format = format_of(self.tokenizer)
-        self.generator = open_generator(directory, device, self.chat_format.stop_ids)
+        known = read_config(directory).get("model_type") in FAMILIES
+        opened = (open_generator if known else open_hub_generator)(
+            directory, device, self.chat_format.stop_ids
+        )
+        self.generator: Generator | HubGenerator = opened
         self.options = options
         self.context_tokens = context_tokens(directory)
         self.system = ""

@@ -55,7 +55,8 @@ def evaluate_run(recipe: Recipe | str | Path, overrides: Sequence[str] = ()) -> 
         raise ModelError(
             f"{recipe.out} has no trained model yet; run `firefly train` with this recipe first."
         )
-    return EvaluateResult.from_json(run_stages(recipe).stages["evaluate"].result)
+    result = EvaluateResult.from_json(run_stages(recipe).stages["evaluate"].result)
+    return replace(result, report=str(recipe.out / "evaluation" / "report.html"))  # a run may have been moved
 
 
 def evaluate_models(
@@ -108,6 +109,11 @@ def find_subjects(models: Sequence[str]) -> list[Subject]:
                 )
         else:
             directory = resolve(path)
+            if not (directory / "config.json").is_file():
+                raise ModelError(
+                    f"{path} is neither a model directory (no config.json) nor a run's output directory (no "
+                    "recipe.toml); check the path."
+                )
             run = directory.parent if is_run(directory.parent) else None
             found = directory.absolute().name
         name = name or found
