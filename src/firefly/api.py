@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the functions import what they need, so that `firefly --hel
     from firefly.app.verse import VerseResult
     from firefly.data.peek import PeekedSample
     from firefly.data.survey import StatsResult
+    from firefly.evaluate.harness import HarnessResult
     from firefly.evaluate.result import EvaluateResult
     from firefly.evaluate.rhyme import Book
     from firefly.model.adapters import MergeResult
@@ -46,6 +47,7 @@ __all__ = [
     "data_stats",
     "demo",
     "evaluate",
+    "evaluate_benchmarks",
     "merge",
     "plan",
     "prune",
@@ -305,6 +307,31 @@ def evaluate(
         data=data,
         output=Path(output) if output else OUTPUT,
         chat_format=chat_format,
+    )
+
+
+def evaluate_benchmarks(
+    *models: str | Path,
+    benchmarks: Sequence[str],
+    data: str | Path,
+    num_shots: int = 5,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+) -> HarnessResult:
+    """Accuracy of models on C-Eval ("ceval") and CMMLU ("cmmlu"), through lm-evaluation-harness and local files.
+
+    `data` is the folder with the files, see docs/evaluate.md; a model is what it is for `evaluate`.
+    """
+    from firefly.app.evaluation import OUTPUT
+    from firefly.app.evaluation import evaluate_benchmarks as run_benchmarks
+
+    return run_benchmarks(
+        [str(model) for model in models],
+        overrides,
+        benchmarks=benchmarks,
+        data=Path(data),
+        num_shots=num_shots,
+        output=Path(output) if output else OUTPUT,
     )
 
 

@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperGroup
 
 from firefly import api, console
-from firefly.errors import FireflyError, Interrupted, ProofError
+from firefly.errors import FireflyError, InputError, Interrupted, ProofError
 from firefly.recipe import GenerationSection
 
 
@@ -505,6 +505,7 @@ def runs(
         "firefly evaluate out/demo",
         "firefly evaluate demo:base out/demo --tasks Couplet,AncientPoem evaluate.generations_per_kind=200",
         "firefly evaluate before=out/first after=out/second --data questions.jsonl generation.do_sample=false",
+        "firefly evaluate out/firefly-1b4 --harness ceval,cmmlu --harness-data benchmarks",
     )
 )
 @_keeps_what_is_done
@@ -529,6 +530,14 @@ def evaluate(
     chat_format: Annotated[
         str | None, typer.Option(help="How to ask, such as firefly or chatml; by default as the model says.")
     ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(help="Benchmarks of lm-evaluation-harness instead: ceval, cmmlu, or both with a comma."),
+    ] = None,
+    harness_data: Annotated[
+        Path | None, typer.Option(help="The folder with the benchmarks' files; see docs/evaluate.md.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, max=5, help="Examples before each benchmark question.")] = 5,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -537,8 +546,24 @@ def evaluate(
 
     console.quiet(quiet)
     overrides = [text for text in models if re.match(r"\w+(\.\w+)+=", text)]
+    models = [text for text in models if text not in overrides]
+    if not models:
+        raise InputError("No model is named; give a model directory or a run's output directory.")
+    if harness is not None:
+        if harness_data is None:
+            raise InputError("--harness needs --harness-data DIR, the folder with the benchmarks' files.")
+        scores = api.evaluate_benchmarks(
+            *models,
+            benchmarks=_listed(harness),
+            data=harness_data,
+            num_shots=shots,
+            overrides=overrides,
+            output=output,
+        )
+        _show(scores, as_json, lambda found: found.lines())
+        return
     result = api.evaluate(
-        *[text for text in models if text not in overrides],
+        *models,
         overrides=overrides,
         tasks=_listed(tasks),
         data=data,

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from firefly.app.chat import context_tokens
 from firefly.app.pipeline import run_stages
 from firefly.data.chatformat import FORMATS
 from firefly.errors import InputError, ModelError, OutputError, choices
+from firefly.evaluate.harness import HarnessResult, run_harness
 from firefly.evaluate.measure import Settings
 from firefly.evaluate.questions import read_questions
 from firefly.evaluate.result import EvaluateResult
 from firefly.evaluate.run import evaluate
-from firefly.files import exclusive_beside
+from firefly.files import exclusive_beside, write_json
 from firefly.model.hub import resolve
 from firefly.recipe import Recipe
 
@@ -87,6 +89,24 @@ def evaluate_models(
     _refuse_to_replace(output)
     with exclusive_beside(output, "an evaluation"):
         return evaluate({one.name: one.directory for one in subjects}, questions, settings, output)
+
+
+def evaluate_benchmarks(
+    models: Sequence[str],
+    overrides: Sequence[str] = (),
+    *,
+    benchmarks: Sequence[str],
+    data: Path,
+    num_shots: int = 5,
+    output: Path = OUTPUT,
+) -> HarnessResult:
+    """Score models on benchmarks whose files lie in `data`, and write `output`/benchmarks.json."""
+    subjects = find_subjects(models)
+    bf16 = _settings(None, overrides, None).evaluate.precision == "bf16"
+    places = {one.name: (one.directory, context_tokens(one.directory)) for one in subjects}
+    result = run_harness(places, benchmarks, data, num_shots, bf16)
+    write_json(output / "benchmarks.json", asdict(result))
+    return result
 
 
 def find_subjects(models: Sequence[str]) -> list[Subject]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from firefly.model.families import CausalModel
 from firefly.model.loss import linear_cross_entropy
@@ -90,3 +92,24 @@ def sample_losses(
 def mean_loss(nats: float, num_tokens: float, num_bytes: float) -> dict[str, float]:
     """`loss` in nats a token, and `bits_per_byte`."""
     return {"loss": nats / max(num_tokens, 1), "bits_per_byte": nats / math.log(2) / max(num_bytes, 1)}
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: CausalModel, texts: Sequence[Sequence[int]], counts: Sequence[int], device: torch.device
+) -> list[Tensor]:
+    """For each text the log-probabilities of every token after each of its last `counts[i]` tokens, counts[i] V."""
+    borders = [0, *itertools.accumulate(map(len, texts))]
+    nothing = torch.empty(0, dtype=torch.long)
+    batch = PackedInput(
+        torch.tensor([token for text in texts for token in text], device=device),
+        torch.tensor([place for text in texts for place in range(len(text))], device=device),
+        borders,
+        nothing,
+        nothing,
+    )
+    states = model.hidden(batch)
+    found = []
+    for end, count in zip(borders[1:], counts, strict=True):
+        found.append(functional.linear(states[end - count : end], model.head).float().log_softmax(-1))
+    return found
