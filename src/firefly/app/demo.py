@@ -14,7 +14,7 @@ from firefly.files import locate, sha256_file, write_json
 from firefly.recipe import Recipe
 
 RECIPE = "demo:demo.toml"
-_SHOWN = ("Couplet", "AncientPoem", "SentimentAnalyze")
+_SHOWN = ("Couplet", "AncientPoem", "ClassicalChinese", "SentimentAnalyze")
 """The tasks whose answers the summary shows."""
 
 
@@ -31,7 +31,8 @@ class Answer:
 @dataclass(frozen=True)
 class DemoResult:
     """What `summary.json` holds. Losses in nats a token and bits per byte are on held-out examples, before and
-    after training, per task and in `all`; `examples` counts training and held-out examples of each task."""
+    after training, per task and in `all`; `examples` counts training and held-out examples of each task. Of
+    `num_answers` to held-out questions the pruned base gave `same_answers` just as the base did."""
 
     output: str
     proof_passed: bool
@@ -39,6 +40,8 @@ class DemoResult:
     params_after: int
     vocab_before: int
     vocab_after: int
+    num_answers: int
+    same_answers: int
     examples: dict[str, int]
     train_tokens_per_s: float
     loss_before: dict[str, float]
@@ -76,6 +79,8 @@ def summarise(recipe: Recipe, run: RunResult) -> DemoResult:
         params_after=pruned["params_after"],
         vocab_before=pruned["vocab_before"],
         vocab_after=pruned["vocab_after"],
+        num_answers=sum(evaluated["questions"].values()),
+        same_answers=evaluated["same_answers"]["pruned"],
         examples={kind: sides["train"] + sides["validation"] for kind, sides in counts.items()},
         train_tokens_per_s=stages["train"]["tokens_per_s"],
         loss_before={kind: score["loss"] for kind, score in before.items()},
@@ -99,6 +104,7 @@ def summary_lines(result: DemoResult) -> list[str]:
         f"  parameters   {result.params_before:,} → {result.params_after:,}"
         f" ({result.params_after / result.params_before:.1%})",
         f"  proof        {'passed' if result.proof_passed else 'FAILED'}",
+        f"  unchanged    {result.same_answers} of {result.num_answers} answers, character for character",
         f"  training     {result.train_tokens_per_s:,.0f} tokens/s (no padding)",
         f"  held-out loss {result.loss_before['all']:.3f} → {result.loss_after['all']:.3f} nats a token",
         "",
