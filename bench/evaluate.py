@@ -1,8 +1,8 @@
 """How fast answers are generated, against transformers' generate, and how long a whole evaluation takes.
 
-    python bench/evaluate.py [--quick] [--model DIR]
+    python bench/evaluate.py [--quick] [--model DIR] [--threads 2]
 
-The embedded base (or DIR) answers held-out questions of the demo's tasks on two threads, in float32, greedily, each
+The embedded base (or DIR) answers held-out questions of the demo's tasks on the CPU, in float32, greedily, each
 with its task's limit of tokens (twice the longest reference, 160 at most):
 
     firefly   our generator, 16 answers at a time
@@ -127,11 +127,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few prompts, for a look")
     parser.add_argument("--model", type=Path, help="a BLOOM directory instead of the embedded base")
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     num_prompts, repeats, num_examples = (24, 2, 200) if arguments.quick else (96, 3, 2000)
     model = arguments.model or locate("demo:base")
     quiet()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         questions = demo_questions(Path(folder), num_examples)
         prompts = prompts_of(model, questions, num_prompts)
@@ -153,7 +154,8 @@ def main() -> None:
                     for ids, prompt in zip(answers[name], prompts, strict=True)
                 )
                 speeds[name].append(num_tokens / (time.perf_counter() - start_s))
-            print(f"run {turn + 1}: " + ", ".join(f"{n} {v[-1]:,.0f} tokens/s" for n, v in speeds.items()))
+            told = ", ".join(f"{name} {found[-1]:,.0f} tokens/s" for name, found in speeds.items())
+            print(f"run {turn + 1}: {told}", flush=True)
         same = sum(one == other for one, other in zip(answers["firefly"], answers["loop"], strict=True))
         print(f"{same} of {num_prompts} answers are the same tokens as in the loop")
         recipe = Recipe.load(locate("demo:demo.toml"), ["evaluate.generations_per_kind=2000"])
@@ -169,6 +171,7 @@ def main() -> None:
         "model": arguments.model.name if arguments.model else "demo:base",
         "prompts": num_prompts,
         "batch": BATCH,
+        "threads": arguments.threads,
         "runs": repeats,
         **{f"{name}_tokens_per_s": round(statistics.median(found), 1) for name, found in speeds.items()},
         "vs_generate_loop": round(statistics.median(ratios["loop"]), 2),

@@ -30,6 +30,7 @@ def evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...
 
     def command(*arguments: str | Path) -> Any:
         output = ["--output", str(tmp_path / "report"), "--json", "--quiet"]
+        capsys.readouterr()
         try:
             main(["evaluate", *map(str, arguments), *output])
         except SystemExit as stop:

@@ -32,6 +32,7 @@ from firefly.evaluate.journal import Journal
 from firefly.evaluate.questions import Questions
 from firefly.files import sha256_file, sha256_json
 from firefly.model.generate import Generator, Prompt, open_generator
+from firefly.model.load import check_model
 from firefly.model.score import sample_losses
 from firefly.model.shards import weight_files
 from firefly.recipe import DataSection, EvaluateSection, GenerationSection, Recipe
@@ -74,6 +75,7 @@ class Measured:
     """
 
     def __init__(self, name: str, directory: Path, settings: Settings, journal: Path) -> None:
+        check_model(directory)
         self.name, self.directory, self.settings = name, directory, settings
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = ModelTokenizer.load(directory)
