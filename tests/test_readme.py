@@ -108,4 +108,4 @@ def test_the_demo_tells_its_story(demo: Path) -> None:
         assert set(summary[name]) == kinds | {"all"}
     assert set(summary["wall_s"]) == {"dataset", "prune", "tokens", "train", "evaluate"}
     assert summary["train_tokens_per_s"] > 0 and len(summary["final_weights_sha256"]) == 64
-    assert len(summary["answers"]) == 3
+    assert len(summary["answers"]) == 4 and 0 <= summary["same_answers"] <= summary["num_answers"] == 6

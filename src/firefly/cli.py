@@ -537,7 +537,9 @@ def evaluate(
     harness_data: Annotated[
         Path | None, typer.Option(help="The folder with the benchmarks' files; see docs/evaluate.md.")
     ] = None,
-    shots: Annotated[int, typer.Option(min=0, max=5, help="Examples before each benchmark question.")] = 5,
+    shots: Annotated[
+        int, typer.Option(min=0, max=5, help="Answered questions before each one of a benchmark.")
+    ] = 5,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
