@@ -82,17 +82,18 @@ class CachedAttention:
         if past:
             self.context = max(past) + 1
             behind = torch.arange(self.context) - torch.tensor(past)[:, None]  # R S, 0 at the new token
-            behind = behind.to(device)[:, None, None, :]
-            self.bias = torch.where(behind > 0, -torch.inf, 0.0)  # R 1 1 S
+            self.behind = behind.to(device)[:, None, None, :]  # R 1 1 S
+            self.bias = torch.where(self.behind > 0, -torch.inf, 0.0)
             if slopes is not None:
-                self.bias = self.bias + slopes.float()[:, None, None] * behind  # R H 1 S
+                self.bias = self.bias + slopes.float()[:, None, None] * self.behind  # R H 1 S
         self.prompts = None
         if len(new) > self.num_old:
             self.prompts = ByDocument([at - self.num_old for at in borders[self.num_old :]], slopes)
         cache.lengths = [length + 1 for length in past] + new[self.num_old :]
-        self.longest = max(cache.lengths)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
         """Attend: query T H D, key and value T G D; returns T H D."""
         stored = self.cache.layer(self._next_layer, key)
         self._next_layer += 1
@@ -101,15 +102,18 @@ class CachedAttention:
         old, outputs = self.num_old, []
         if old:
             keys, values = stored[:, :old, :, : self.context]
+            bias = self.bias
+            if window is not None and window < self.context:
+                bias = torch.where(self.behind <= -window, -torch.inf, bias)
             attended = F.scaled_dot_product_attention(
                 query[:old, :, None],  # R H 1 D
                 keys,  # R G S D
                 values,
-                attn_mask=self.bias.to(query.dtype),
+                attn_mask=bias.to(query.dtype),
                 scale=scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
             outputs.append(attended[:, :, 0])  # R H D
         if self.prompts is not None:
-            outputs.append(self.prompts(query[old:], key[old:], value[old:], scale))
+            outputs.append(self.prompts(query[old:], key[old:], value[old:], scale, window))
         return torch.cat(outputs)

@@ -111,7 +111,7 @@ class ByDocument:
         if window is not None and window < self.longest:
             assert bias is None  # no family has both
             if window not in self.bands:
-                self.bands[window] = _band(self.longest, window)
+                self.bands[window] = _band(self.longest, window).to(query.device)
             bias = self.bands[window]
         # `split`, for its backward pass joins the gradients; that of each slice would fill a whole tensor.
         queries, keys, values = (
