@@ -281,6 +281,26 @@ class TrainSection(Section):
         return weights
 
 
+class ParallelSection(Section):
+    """How several GPUs share the work; data parallelism takes what `tp` leaves."""
+
+    zero: Literal[0, 1, 2, 3] = Field(
+        default=0,
+        description="what is sharded over the data-parallel ranks: 1: optimizer states, 2: also gradients, "
+        "3: also weights; 0: nothing",
+    )
+    tp: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="tensor parallelism: GPUs that share every matrix; must divide the heads"
+    )
+    hsdp: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="replicas of the sharding group, such as one a node"
+    )
+    offload: Literal["none", "optimizer", "all", "auto"] = Field(
+        default="none",
+        description="what lies in main memory: optimizer states, or also weights and gradients; auto: what must",
+    )
+
+
 class GenerationSection(Section):
     """Sampling, for chat and evaluation; the defaults are the article's."""
 
@@ -312,6 +332,7 @@ class Recipe(Section):
     prune: PruneSection | None = None
     data: DataSection
     train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
     generation: GenerationSection = GenerationSection()
     evaluate: EvaluateSection = EvaluateSection()
 
