@@ -299,6 +299,15 @@ class ParallelSection(Section):
         default="none",
         description="what lies in main memory: optimizer states, or also weights and gradients; auto: what must",
     )
+    start_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=300.0, description="seconds until every process must have come"
+    )
+    hang_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=600.0, description="seconds without any progress in training or validation that end the run"
+    )
+    log_all_ranks: bool = Field(
+        default=False, description="show the messages of every process, not only those of the first"
+    )
 
 
 class GenerationSection(Section):

@@ -43,6 +43,7 @@ from firefly.train.objectives import Objective, make_objective, training_stream
 from firefly.train.optim import learning_rate_at, make_optimizer
 from firefly.train.plan import num_steps, require_room, try_largest_batch
 from firefly.train.reporters import open_reporters, require_reporters
+from firefly.train.team import ALONE, Team
 from firefly.train.window import Window
 
 HARMLESS = frozenset(
@@ -73,7 +74,9 @@ class TrainResult:
     validation: dict[str, dict[str, float]]
 
 
-def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Path) -> TrainResult:
+def train(
+    recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Path, team: Team = ALONE
+) -> TrainResult:
     """Train `model_dir` on a tokens directory; checkpoints go to `run`, the finished model to `out`.
 
     Goes on from the newest sound checkpoint in `run`. A full disk lets the run go on without that checkpoint, and
@@ -138,6 +141,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     next_save = _next_save(state.step, section.save_steps)
     with (
         _stop_signals() as stop,
+        team.watching(recipe.parallel.hang_timeout_s),
         Metrics(
             run,
             state.step,
