@@ -201,7 +201,8 @@ class _Several(Team):
     def leave(self) -> None:
         """This rank is done; rank 0 goes last, for it may have the store."""
         self._left.set()
-        self._store.set(f"left/{self.rank}", "")
+        self._store.set(f"left/{self.rank}", "yes")
+        self._store.check([f"left/{self.rank}"])  # a reply: it has arrived before this process ends
         if self.rank == 0 and self._together:
             last_s = time.monotonic() + _LEAVE_S
             names = [f"left/{rank}" for rank in range(self.world_size)]
@@ -224,7 +225,7 @@ class _Several(Team):
         with contextlib.suppress(RuntimeError):  # the store may be gone
             first = self._claim(self._store, f"rank {self.rank}: {own}" if self.rank else own)
             if self.rank == 0:
-                self._store.set("told", "")
+                self._tell(self._store)
                 if not first.endswith(own):
                     raise LaunchError(first) from None
             elif self._told(self._store):
@@ -232,6 +233,11 @@ class _Several(Team):
                     os._exit(1)  # here, without a log yet, it would be said again
             elif self._terminal is not None:
                 os.write(self._terminal, f"error: {first}\n".encode())
+
+    @staticmethod
+    def _tell(store: Any) -> None:
+        store.set("told", "yes")
+        store.check(["told"])  # a reply: it has arrived before this process ends
 
     @staticmethod
     def _told(store: Any) -> bool:
@@ -316,7 +322,7 @@ class _Several(Team):
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):
             if self.rank == 0:
-                self._watchers_store.set("told", "")
+                self._tell(self._watchers_store)
         os._exit(1)
 
 
