@@ -281,6 +281,27 @@ class TrainSection(Section):
         return weights
 
 
+class ParallelSection(Section):
+    """How several processes (torchrun) share the training, and what lies in main memory; results stay the same."""
+
+    zero: Literal[0, 1, 2, 3] = Field(
+        default=0,
+        description="what the processes share: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters",
+    )
+    tp: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="processes that share each layer's arithmetic; must divide the heads"
+    )
+    hsdp: Annotated[int, Field(ge=1)] = Field(
+        default=1,
+        description="replicas of the sharding group: one a node keeps the weights' traffic inside nodes",
+    )
+    offload: Literal["none", "optimizer", "all", "auto"] = Field(
+        default="none",
+        description="what lies in main memory: optimizer states, or parameters, gradients and activations too; "
+        "auto: as little as fits",
+    )
+
+
 class GenerationSection(Section):
     """Sampling, for chat and evaluation; the defaults are the article's."""
 
@@ -312,6 +333,7 @@ class Recipe(Section):
     prune: PruneSection | None = None
     data: DataSection
     train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
     generation: GenerationSection = GenerationSection()
     evaluate: EvaluateSection = EvaluateSection()
 
