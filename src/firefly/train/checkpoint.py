@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from firefly.console import warn
 from firefly.errors import CheckpointError
@@ -33,6 +33,7 @@ from firefly.files import (
     write_json,
     writing_to,
 )
+from firefly.train.parallel import Parts
 
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -84,12 +85,16 @@ def newest_sound(run: Path) -> Path | None:
 
 
 def save_checkpoint(
-    run: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainState, keep: int
+    run: Path, parts: Parts, optimizer: torch.optim.Optimizer, state: TrainState, keep: int
 ) -> Path:
     """Write checkpoint-`state.step`, then remove all but the newest `keep`."""
     target = run / f"checkpoint-{state.step}"
-    moments = _optimizer_tensors(names, optimizer)
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in names.items()}
+    moments = _optimizer_tensors(parts, optimizer)
+    weights = {
+        name: parts.gather(name, part.detach()).cpu().contiguous() for name, part in parts.local.items()
+    }
+    if not parts.ranks.main:
+        return target
     require_disk(
         run, sum(t.numel() * t.element_size() for t in [*weights.values(), *moments.values()]) + (1 << 20)
     )
@@ -107,7 +112,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str
+    path: Path, parts: Parts, optimizer: torch.optim.Optimizer, fingerprint: str
 ) -> TrainState:
     """Put weights, moments and random state back in place; returns the rest.
 
@@ -127,12 +132,12 @@ def load_checkpoint(
             "choose another output_dir, undo the change, or delete the checkpoints of that run."
         )
     weights = load_file(path / "model.safetensors")
-    if set(weights) != set(names):
+    if set(weights) != set(parts.local):
         raise CheckpointError(f"{path} holds the weights of another model; choose another output_dir.")
     with torch.no_grad():
-        for name, parameter in names.items():
-            parameter.copy_(weights[name])
-    _restore_optimizer(load_file(path / "optimizer.safetensors"), names, optimizer)
+        for name, part in parts.local.items():
+            part.copy_(parts.cut(name, weights[name]))
+    _restore_optimizer(load_file(path / "optimizer.safetensors"), parts, optimizer)
     torch.set_rng_state(_tensor(random["cpu"]))
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(_tensor(random["cuda"]))
@@ -160,25 +165,23 @@ def _manifest(digests: dict[str, str]) -> str:
     return json.dumps(digests | {"manifest": sha256_json(digests)}, indent=2) + "\n"
 
 
-def _optimizer_tensors(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in names.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        f"{name}/{key}": parts.gather(name, value.detach()).cpu().contiguous()
+        for name, part in parts.local.items()
+        for key, value in optimizer.state.get(part, {}).items()
     }
 
 
-def _restore_optimizer(
-    tensors: dict[str, Tensor], names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+def _restore_optimizer(tensors: dict[str, Tensor], parts: Parts, optimizer: torch.optim.Optimizer) -> None:
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("/")
         by_parameter.setdefault(name, {})[key] = tensor
     for name, values in by_parameter.items():
-        parameter = names[name]
+        part = parts.local[name]
         # AdamW's fused kernel wants its step count beside the weights; the moments go there too.
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
+        optimizer.state[part] = {key: parts.cut(name, value).to(part.device) for key, value in values.items()}
 
 
 def _text(state: Tensor) -> str:

@@ -33,6 +33,7 @@ from firefly.model.loss import linear_cross_entropy
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss, learned_states, loss_by_kind
 from firefly.recipe import Recipe, TrainSection
+from firefly.train.parallel import Ranks
 
 Scores = dict[str, dict[str, float]]
 
@@ -165,8 +166,8 @@ def _log_probs(model: CausalModel, batch: Batch, device: torch.device, bf16: boo
     return _sample_log_probs(batch, batch_loss(model, PackedInput.of(batch, device), bf16)[1])
 
 
-def training_stream(recipe: Recipe, tokens: Tokens) -> TrainingStream:
-    """The batches that a recipe trains on; raises `InputError` where the tokens have no pairs and dpo needs them."""
+def training_stream(recipe: Recipe, tokens: Tokens, ranks: Ranks | None = None) -> TrainingStream:
+    """A rank's batches; raises `InputError` where the tokens have no pairs and dpo needs them."""
     train = recipe.train
     return TrainingStream(
         tokens,
@@ -174,6 +175,8 @@ def training_stream(recipe: Recipe, tokens: Tokens) -> TrainingStream:
         train.seed,
         learn_everything=train.objective == "pretrain",
         pack_length=recipe.data.pack_length,
+        rank=ranks.dp_rank if ranks else 0,
+        world_size=ranks.dp if ranks else 1,
         pairs=train.objective == "dpo",
     )
 

@@ -133,11 +133,11 @@ def _part(name: str) -> str:
     return next((part for word, part in words.items() if word in name), "attention")
 
 
-def num_steps(train: TrainSection, num_units: int) -> int:
-    """Optimizer steps of a whole run over `num_units` samples or rows an epoch."""
+def num_steps(train: TrainSection, num_units: int, dp: int = 1) -> int:
+    """Optimizer steps of a whole run over `num_units` samples or rows an epoch, on `dp` ranks."""
     if train.max_steps is not None:
         return train.max_steps
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * dp
     return max(1, math.ceil(num_units * train.num_train_epochs / per_step))
 
 
@@ -392,7 +392,7 @@ def try_largest_batch(
             "train.gradient_accumulation_steps. `firefly plan` says what fits."
         ) from error
     finally:
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
 
 
 def planned_config(recipe: Recipe, base: Path) -> dict[str, Any]:

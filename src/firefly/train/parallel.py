@@ -1,0 +1,272 @@
+"""Several processes as one trainer, on PyTorch's own engine: torchrun starts them, FSDP2 and DTensor share the work.
+
+    parallel.zero   whole on every rank while it works    reduced           gathered
+    0               weights, gradients, optimizer states  once a step       never
+    1               weights, gradients                    once a step       once a step
+    2               weights                               each micro-batch  once a step
+    3               the weights of a layer or two         each micro-batch  each layer, twice
+
+What is not whole is shared among the ranks (Rajbhandari et al. 2020, "ZeRO"). `tp` ranks share each layer's
+arithmetic (firefly.model.split), the others, `dp` of them, take shares of the samples. The mesh is
+replicas × shards × tp: with `hsdp` replicas of the sharding group, weights travel within a replica alone, and gradients
+between replicas once a step.
+
+The optimizer sees plain tensors, this rank's parts of the parameters, so any optimizer works under any layout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from firefly.errors import RecipeError
+from firefly.model.families import CausalModel
+from firefly.model.split import require_divisible, split_layers
+from firefly.recipe import ParallelSection
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all of them; by default it is alone.
+
+    `dp_rank` of `dp` says which share of the samples is its own, `tp_rank` of `tp` which share of a layer.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    tp: int = 1
+    mesh: DeviceMesh | None = None  # replicate × shard × tp
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def dp(self) -> int:
+        """Ranks with samples of their own."""
+        return self.world_size // self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them this is."""
+        return self.rank // self.tp
+
+    @property
+    def tp_rank(self) -> int:
+        """The place among the ranks that share layers."""
+        return self.rank % self.tp
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the ranks with samples of their own; alone, the values themselves."""
+        if self.mesh is None:
+            return values
+        total = (
+            values.to(self.device, copy=True)
+            if self.tp_rank == 0
+            else torch.zeros_like(values, device=self.device)
+        )
+        dist.all_reduce(total)
+        return total
+
+    def highest(self, values: Tensor) -> Tensor:
+        """The largest over all ranks, element by element; alone, the values themselves."""
+        if self.mesh is None:
+            return values
+        most = values.to(self.device, copy=True)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most
+
+    def share(self, items: Iterable[Item]) -> Iterator[Item]:
+        """This rank's share of `items`, as many as every other's: the last ones are given out repeatedly."""
+        turn: list[Item] = []
+        for item in items:
+            turn.append(item)
+            if len(turn) == self.dp:
+                yield turn[self.dp_rank]
+                turn = []
+        if turn:
+            yield turn[self.dp_rank % len(turn)]
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Collective operations among the processes that were started together, if they are several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # firefly.train.team knows who hangs
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone, and the process ends
+
+
+def as_main_says(answer: bool = False) -> bool:
+    """The main process's answer, on every rank; all must ask."""
+    if not dist.is_initialized():
+        return answer
+    told = torch.tensor(int(answer))
+    dist.broadcast(told, 0)
+    return bool(told)
+
+
+def take_places(section: ParallelSection, device: torch.device) -> Ranks:
+    """Lay the processes out as the recipe says; raises `RecipeError` where their number does not fit."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    group = section.tp * section.hsdp
+    if world_size % group:
+        raise RecipeError(
+            f"parallel.tp = {section.tp} and parallel.hsdp = {section.hsdp} need a multiple of {group} processes and "
+            f"there {'is one' if world_size == 1 else f'are {world_size}'}; "
+            f"start them with torchrun --nproc-per-node, or change the recipe."
+        )
+    if section.hsdp > 1 and section.zero == 0:
+        raise RecipeError(
+            "parallel.hsdp counts replicas of a sharding group, and parallel.zero = 0 shards nothing; "
+            "choose zero 1 to 3."
+        )
+    if world_size == 1:
+        return Ranks(device)
+    dp = world_size // section.tp
+    replicas = dp if section.zero == 0 else section.hsdp
+    shape = (replicas, dp // replicas, section.tp)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard", "tp"))
+    return Ranks(device, dist.get_rank(), world_size, section.tp, mesh)
+
+
+def distribute(model: CausalModel, section: ParallelSection, ranks: Ranks, bf16: bool) -> None:
+    """Share a whole model among the ranks, in place; its parameters are DTensors then.
+
+    With `bf16`, weights travel as bf16 and gradients are summed in float32. Frozen weights, which nobody updates, stay
+    whole unless zero is 3.
+    """
+    if ranks.mesh is None:
+        return
+    if ranks.tp > 1:
+        require_divisible(model, ranks.tp)
+        split_layers(model, ranks.mesh["tp"])
+    if ranks.dp == 1:
+        return
+    one_replica = section.zero > 0 and section.hsdp == 1
+    whole = {p for p in model.parameters() if not p.requires_grad} if section.zero < 3 else set()
+    policy = MixedPrecisionPolicy(
+        torch.bfloat16 if bf16 else None, torch.float32 if bf16 else None, cast_forward_inputs=False
+    )
+    for module in (*model.layers, model):
+        fully_shard(
+            module,
+            mesh=ranks.mesh["shard"] if one_replica else ranks.mesh["replicate", "shard"],
+            reshard_after_forward=section.zero == 3 and module is not model,
+            mp_policy=policy,
+            ignored_params=whole,
+        )
+        module.set_gradient_divide_factor(1.0)  # the loss is divided by what all ranks learn from
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    register_fsdp_forward_method(model, "hidden")
+
+
+def before_micro_batch(model: CausalModel, section: ParallelSection, last: bool) -> None:
+    """Set what the next backward pass reduces and frees; `last` of its step or not."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or section.zero >= 2)
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or section.zero == 3)
+        model.set_is_last_backward(last)
+
+
+class Parts:
+    """This rank's parts of the parameters that learn, as plain tensors of their own, by the parameters' names."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], ranks: Ranks) -> None:
+        self.whole, self.ranks = parameters, ranks
+        with torch.no_grad():
+            self.local = {
+                name: nn.Parameter(p.to_local()) if isinstance(p, DTensor) else p
+                for name, p in parameters.items()
+            }
+
+    def take_gradients(self) -> None:
+        """Hand the gradients that a step's backward passes left over to the parts."""
+        for parameter, part in zip(self.whole.values(), self.local.values(), strict=True):
+            if part is parameter or parameter.grad is None:
+                continue
+            assert isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor)
+            part.grad = parameter.grad.redistribute(placements=parameter.placements).to_local()
+            parameter.grad = None
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the whole gradient, over all parts of all ranks."""
+        gradients = {name: part.grad for name, part in self.local.items() if part.grad is not None}
+        if self.ranks.mesh is None:
+            return torch.nn.utils.get_total_norm(list(gradients.values()))
+        mine = [g.double().square().sum() for name, g in gradients.items() if self.counts(name)]
+        squares = torch.stack(mine).sum() if mine else torch.zeros((), dtype=torch.float64)
+        squares = squares.to(self.ranks.device)
+        dist.all_reduce(squares)
+        return squares.sqrt().float()
+
+    def counts(self, name: str) -> bool:
+        """Whether this rank's part of a parameter is the one that counts, of those that are copies of it."""
+        mesh, parameter = self.ranks.mesh, self.whole[name]
+        if mesh is None:
+            return True
+        shared_over = set()
+        if isinstance(parameter, DTensor):
+            names = parameter.device_mesh.mesh_dim_names or ()
+            shared_over = {
+                name
+                for name, place in zip(names, parameter.placements, strict=True)
+                if not place.is_replicate()
+            }
+        return all(
+            name in shared_over or mesh.get_local_rank(name) == 0 for name in mesh.mesh_dim_names or ()
+        )
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in (*self.whole.values(), *self.local.values()):
+            parameter.grad = None
+
+    def gather(self, name: str, part: Tensor) -> Tensor:
+        """Put the parts of something shaped like parameter `name` together again; all ranks must ask."""
+        parameter = self.whole[name]
+        if not isinstance(parameter, DTensor) or part.shape != self.local[name].shape:
+            return part
+        whole = DTensor.from_local(
+            part,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        return whole.full_tensor()
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of something shaped like parameter `name`."""
+        parameter = self.whole[name]
+        if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
+            return whole
+        mesh, places = parameter.device_mesh, parameter.placements
+        return distribute_tensor(whole.to(self.ranks.device), mesh, places, src_data_rank=None).to_local()
