@@ -38,7 +38,6 @@ from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
 from firefly.train.checkpoint import find_checkpoints
 from firefly.train.loop import HARMLESS, train
-from firefly.train.parallel import as_main_says, joined
 from firefly.train.reporters import require_reporters
 
 StageName = Literal["dataset", "prune", "tokens", "train", "evaluate"]
@@ -84,28 +83,16 @@ def run_stages(recipe: Recipe, until: StageName = "evaluate") -> RunResult:
     check_model(base)
     if until in ("train", "evaluate"):
         require_method(recipe.train.method)
-    line = _Line(recipe)
-    with joined() as main:
-        if not main:
-            _train_along(recipe, line.model)
-            return RunResult(recipe.name, str(recipe.out))
-        _claim(recipe.out)
-        with exclusive(recipe.out, "a Firefly run"):
-            _refuse_another_recipe(recipe)
-            write_atomic(recipe.out / "recipe.toml", recipe.to_toml())
-            for name in STAGES[: STAGES.index(until) + 1]:
-                if name == "prune" and recipe.prune is None:
-                    continue
-                getattr(line, name)(base)
-                if name == "train" and line.done[name].skipped:
-                    as_main_says(False)
+    _claim(recipe.out)
+    with exclusive(recipe.out, "a Firefly run"):
+        _refuse_another_recipe(recipe)
+        write_atomic(recipe.out / "recipe.toml", recipe.to_toml())
+        line = _Line(recipe)
+        for name in STAGES[: STAGES.index(until) + 1]:
+            if name == "prune" and recipe.prune is None:
+                continue
+            getattr(line, name)(base)
     return RunResult(recipe.name, str(recipe.out), line.done)
-
-
-def _train_along(recipe: Recipe, model: Path) -> None:
-    """What the processes besides the main one do: wait for its data, and train if it does."""
-    if as_main_says():
-        train(recipe, model, recipe.out / "tokens", recipe.out / "run", recipe.out / "model")
 
 
 def _claim(out: Path) -> None:
@@ -221,12 +208,12 @@ class _Line:
             self.marks["tokens"],
             self.marks.get("prune") or [_identity(p) for p in _files_of(base)],
         ]
-
-        def work() -> Any:
-            as_main_says(True)
-            return train(self.recipe, self.model, self.out / "tokens", self.out / "run", self.out / "model")
-
-        self._stage("train", self.out / "model", depends, work)
+        self._stage(
+            "train",
+            self.out / "model",
+            depends,
+            lambda: train(self.recipe, self.model, self.out / "tokens", self.out / "run", self.out / "model"),
+        )
 
     def evaluate(self, base: Path) -> None:  # noqa: ARG002 - stages have one signature
         recipe = self.recipe
