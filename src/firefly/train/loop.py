@@ -41,9 +41,10 @@ from firefly.train.curves import Metrics, UnwrittenMetrics, note
 from firefly.train.devices import peak_flops, peak_memory_bytes, training_flops
 from firefly.train.objectives import Objective, make_objective, training_stream
 from firefly.train.optim import learning_rate_at, make_optimizer
-from firefly.train.parallel import Parts, Ranks, as_main_says, before_micro_batch, distribute, take_places
+from firefly.train.parallel import Parts, Ranks, before_micro_batch, distribute, process_group, take_places
 from firefly.train.plan import num_steps, require_room, try_largest_batch
 from firefly.train.reporters import open_reporters, require_reporters
+from firefly.train.team import ALONE, Team
 from firefly.train.window import Window
 
 HARMLESS = frozenset(
@@ -74,7 +75,10 @@ class TrainResult:
     validation: dict[str, dict[str, float]]
 
 
-def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Path) -> TrainResult:
+@process_group()
+def train(
+    recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Path, team: Team = ALONE
+) -> TrainResult:
     """Train `model_dir` on a tokens directory; checkpoints go to `run`, the finished model to `out`.
 
     Goes on from the newest sound checkpoint in `run`. A full disk lets the run go on without that checkpoint, and
@@ -142,6 +146,7 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     next_save = _next_save(state.step, section.save_steps)
     with (
         _stop_signals() as stop,
+        team.watching(recipe.parallel.hang_timeout_s),
         _open_metrics(recipe, run, state.step, ranks) as metrics,
         progress("train", total_steps, "steps", state.step) as bar,
     ):
@@ -227,7 +232,8 @@ def _start_or_resume(
         for leftover in run.glob(".checkpoint-*"):  # of a process that was killed while it saved
             shutil.rmtree(leftover)
         newest_sound(run)  # sets damaged ones aside
-    as_main_says()
+    if ranks.world_size > 1:
+        torch.distributed.barrier()
     newest = newest_sound(run)
     if newest is None:
         if ranks.main:

@@ -35,7 +35,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from firefly.console import quiet
 from firefly.errors import RecipeError
 from firefly.model.families import CausalModel
 from firefly.model.split import require_divisible, split_layers
@@ -110,34 +109,19 @@ class Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[bool]:
-    """Join the processes that torchrun started, if it did; yields whether this is the main one.
-
-    The others are silent.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield True
+def process_group() -> Iterator[None]:
+    """While the block runs, the processes that torchrun started, if it did, can exchange tensors."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    main = os.environ["RANK"] == "0"
-    if not main:
-        quiet()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # others wait while the main one makes data
-    try:
-        yield main
-    finally:
-        dist.destroy_process_group()
-
-
-def as_main_says(answer: bool = False) -> bool:
-    """The main process's answer, on every rank; all must ask."""
-    if not dist.is_initialized():
-        return answer
-    told = torch.tensor(int(answer))
-    dist.broadcast(told, 0)
-    return bool(told)
+    # Whoever hangs is found by firefly.train.team; a checkpoint or a merge may keep the others waiting long.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1)
+    )
+    yield
+    dist.destroy_process_group()  # not after an error: it waits for ranks that may be gone
 
 
 def take_places(section: ParallelSection, device: torch.device) -> Ranks:
