@@ -282,23 +282,22 @@ class TrainSection(Section):
 
 
 class ParallelSection(Section):
-    """How several processes (torchrun) share the training, and what lies in main memory; results stay the same."""
+    """How several GPUs share the work; data parallelism takes what `tp` leaves."""
 
     zero: Literal[0, 1, 2, 3] = Field(
         default=0,
-        description="what the processes share: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters",
+        description="what is sharded over the data-parallel ranks: 1: optimizer states, 2: also gradients, "
+        "3: also weights; 0: nothing",
     )
     tp: Annotated[int, Field(ge=1)] = Field(
-        default=1, description="processes that share each layer's arithmetic; must divide the heads"
+        default=1, description="tensor parallelism: GPUs that share every matrix; must divide the heads"
     )
     hsdp: Annotated[int, Field(ge=1)] = Field(
-        default=1,
-        description="replicas of the sharding group: one a node keeps the weights' traffic inside nodes",
+        default=1, description="replicas of the sharding group, such as one a node"
     )
     offload: Literal["none", "optimizer", "all", "auto"] = Field(
         default="none",
-        description="what lies in main memory: optimizer states, or parameters, gradients and activations too; "
-        "auto: as little as fits",
+        description="what lies in main memory: optimizer states, or also weights and gradients; auto: what must",
     )
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=300.0, description="seconds until every process must have come"

@@ -39,7 +39,6 @@ from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
 from firefly.train.checkpoint import find_checkpoints
 from firefly.train.loop import HARMLESS, TrainResult, train
-from firefly.train.parallel import process_group
 from firefly.train.reporters import require_reporters
 from firefly.train.team import ALONE, Team
 
@@ -248,10 +247,9 @@ class _Line:
         """The training itself, which every process does together with the others."""
         if self.team.rank == 0:
             self.team.say("train")
-        with process_group():
-            return train(
-                self.recipe, self.model, self.out / "tokens", self.out / "run", self.out / "model", self.team
-            )
+        return train(
+            self.recipe, self.model, self.out / "tokens", self.out / "run", self.out / "model", self.team
+        )
 
     def evaluate(self, base: Path) -> None:  # noqa: ARG002 - stages have one signature
         recipe = self.recipe

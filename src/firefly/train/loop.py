@@ -41,7 +41,7 @@ from firefly.train.curves import Metrics, UnwrittenMetrics, note
 from firefly.train.devices import peak_flops, peak_memory_bytes, training_flops
 from firefly.train.objectives import Objective, make_objective, training_stream
 from firefly.train.optim import learning_rate_at, make_optimizer
-from firefly.train.parallel import Parts, Ranks, as_main_says, before_micro_batch, distribute, take_places
+from firefly.train.parallel import Parts, Ranks, before_micro_batch, distribute, process_group, take_places
 from firefly.train.plan import num_steps, require_room, try_largest_batch
 from firefly.train.reporters import open_reporters, require_reporters
 from firefly.train.team import ALONE, Team
@@ -79,6 +79,7 @@ class TrainResult:
     validation: dict[str, dict[str, float]]
 
 
+@process_group()
 def train(
     recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Path, team: Team = ALONE
 ) -> TrainResult:
@@ -237,7 +238,8 @@ def _start_or_resume(
         for leftover in run.glob(".checkpoint-*"):  # of a process that was killed while it saved
             shutil.rmtree(leftover)
         newest_sound(run)  # sets damaged ones aside
-    as_main_says()
+    if ranks.world_size > 1:
+        torch.distributed.barrier()
     newest = newest_sound(run)
     if newest is None:
         if ranks.main:

@@ -110,25 +110,18 @@ class Ranks:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Collective operations among the processes that were started together, if they are several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """While the block runs, the processes that torchrun started, if it did, can exchange tensors."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # firefly.train.team knows who hangs
+    # Whoever hangs is found by firefly.train.team; a checkpoint or a merge may keep the others waiting long.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1)
+    )
     yield
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone, and the process ends
-
-
-def as_main_says(answer: bool = False) -> bool:
-    """The main process's answer, on every rank; all must ask."""
-    if not dist.is_initialized():
-        return answer
-    told = torch.tensor(int(answer))
-    dist.broadcast(told, 0)
-    return bool(told)
+    dist.destroy_process_group()  # not after an error: it waits for ranks that may be gone
 
 
 def take_places(section: ParallelSection, device: torch.device) -> Ranks:
