@@ -17,7 +17,7 @@ The optimizer sees plain tensors, this rank's parts of the parameters, so any op
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,6 +95,13 @@ class Ranks:
         most = values.to(self.device, copy=True)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return most
+
+    def from_main(self, ask: Callable[[], Item]) -> Item:
+        """What the main process finds, for all of them."""
+        found = [ask() if self.main else None]
+        if self.mesh is not None:
+            dist.broadcast_object_list(found, device=torch.device("cpu"))
+        return found[0]  # type: ignore[return-value]
 
     def share(self, items: Iterable[Item]) -> Iterator[Item]:
         """This rank's share of `items`, as many as every other's: the last ones are given out repeatedly."""
