@@ -81,6 +81,11 @@ class Bloom(nn.Module):
         return self.transformer.word_embeddings.weight if self.shape.tied else self.lm_head.weight
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """The input matrix, V C."""
+        return self.transformer.word_embeddings
+
+    @property
     def tp_plan(self) -> dict[str, str]:
         """How the matrices of a layer are split among ranks (see firefly.model.split)."""
         return {

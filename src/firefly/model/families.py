@@ -40,6 +40,11 @@ class HubModel(nn.Module):
         return self.inner.base_model.layers  # type: ignore[no-any-return]
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """The input matrix, V C."""
+        return self.inner.get_input_embeddings()  # type: ignore[no-any-return]
+
+    @property
     def tp_plan(self) -> dict[str, str]:
         """How the matrices of a layer are split among ranks: as transformers says."""
         plan = self.inner.config.base_model_tp_plan

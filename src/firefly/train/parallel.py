@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from firefly.errors import RecipeError
 from firefly.model.families import CausalModel
-from firefly.model.split import require_divisible, split_layers
+from firefly.model.split import require_divisible, split
 from firefly.recipe import ParallelSection
 
 Item = TypeVar("Item")
@@ -165,7 +165,7 @@ def distribute(model: CausalModel, section: ParallelSection, ranks: Ranks, bf16:
         return
     if ranks.tp > 1:
         require_divisible(model, ranks.tp)
-        split_layers(model, ranks.mesh["tp"])
+        split(model, ranks.mesh["tp"])
     if ranks.dp == 1:
         return
     one_replica = section.zero > 0 and section.hsdp == 1
