@@ -134,9 +134,8 @@ def load_checkpoint(
     weights = load_file(path / "model.safetensors")
     if set(weights) != set(parts.local):
         raise CheckpointError(f"{path} holds the weights of another model; choose another output_dir.")
-    with torch.no_grad():
-        for name, part in parts.local.items():
-            part.copy_(parts.cut(name, weights[name]))
+    for name, values in weights.items():
+        parts.put(name, parts.cut(name, values))
     _restore_optimizer(load_file(path / "optimizer.safetensors"), parts, optimizer)
     torch.set_rng_state(_tensor(random["cpu"]))
     if "cuda" in random and torch.cuda.is_available():

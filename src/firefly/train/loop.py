@@ -40,6 +40,7 @@ from firefly.train.checkpoint import TrainState, load_checkpoint, newest_sound, 
 from firefly.train.curves import Metrics, UnwrittenMetrics, note
 from firefly.train.devices import peak_flops, peak_memory_bytes, training_flops
 from firefly.train.objectives import Objective, make_objective, training_stream
+from firefly.train.offload import OffloadedParts, activations_away
 from firefly.train.optim import learning_rate_at, make_optimizer
 from firefly.train.parallel import Parts, Ranks, before_micro_batch, distribute, process_group, take_places
 from firefly.train.plan import num_steps, require_room, try_largest_batch
@@ -88,7 +89,7 @@ def train(
     section = recipe.train
     require_reporters(section.report_to)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = take_places(recipe.parallel, device)
+    ranks = take_places(recipe, device)
     bf16_weights = section.weights != "float32"
     bf16 = (
         bf16_weights or section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
@@ -127,15 +128,13 @@ def train(
         say(
             f"train: {section.method} adapters, {num_learning:,} of {num_parameters(model):,} parameters learn"
         )
-    parts = Parts(names, ranks)
+    parts = OffloadedParts(names, ranks) if recipe.parallel.offload == "optimizer" else Parts(names, ranks)
     optimizer = make_optimizer(parts.local.values(), section, compiled)
 
     fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps, recipe.data.pack_length, ranks.dp)
     num_batches = total_steps * section.gradient_accumulation_steps
     cache = run / "reference.safetensors"
-    objective = make_objective(
-        section, model, stream, num_batches, held_out, cache, fingerprint, device, bf16
-    )
+    objective = make_objective(section, model, stream, num_batches, held_out, cache, fingerprint, bf16, ranks)
     state = _start_or_resume(recipe, run, parts, optimizer, fingerprint, ranks)
     if section.check and state.step < total_steps:
         try_largest_batch(model, optimizer, objective, stream, num_batches)
@@ -153,13 +152,14 @@ def train(
         while state.step < total_steps:
             began_s = time.monotonic()
             rate = learning_rate_at(state.step, total_steps, section)
+            ranks.reseed(section.seed, state.step)
             batches = _micro_batches(stream, state.step, section.gradient_accumulation_steps)
             loss_sum, norm, asked = _backward(
                 model, parts, objective, batches, recipe, data, window, stop.asked
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
+            parts.step(optimizer)
             parts.zero_grad()
             state.step += 1
             state.trained_tokens += sum(len(batch.input_ids) for batch in batches)
@@ -277,15 +277,16 @@ def _backward(
     if num_targets == 0:
         raise TrainingError(f"{_samples(batches, data)}: no token to learn in this batch; check the dataset.")
     total = torch.zeros((), device=ranks.device)
+    away = activations_away if recipe.parallel.offload == "all" else _nothing_away
     for batch in batches:
         before_micro_batch(model, recipe.parallel, last=batch is batches[-1])
-        loss = objective.loss(model, batch, ranks.device)
+        with away(len(batch.input_ids), ranks.device):
+            loss = objective.loss(model, batch, ranks.device)
         window.add_batch(batch, objective.units(batch), loss.each, loss.others)
         torch.autograd.backward(loss.total / count)
         total += loss.total.detach()
     parts.take_gradients()
-    found = parts.gradient_norm()
-    torch.nn.utils.clip_grads_with_norm_(parts.local.values(), recipe.train.max_grad_norm, found)
+    found = parts.clip(recipe.train.max_grad_norm)
     if ranks.world_size > 1:
         total, told = ranks.sum(torch.stack([total, torch.full_like(total, asked)])).unbind()
         asked = int(told) and (asked or signal.SIGTERM)
@@ -297,6 +298,11 @@ def _backward(
             "or use precision = 'float32'; then run again to go on from the last checkpoint."
         )
     return loss_sum, norm, asked
+
+
+@contextmanager
+def _nothing_away(*_: object) -> Iterator[None]:
+    yield
 
 
 def _samples(batches: list[Batch], data: Tokens) -> str:
