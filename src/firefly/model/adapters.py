@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from firefly.errors import ModelError, ProofError, RecipeError, choices
 from firefly.files import directory_atomic, require_disk, write_json
 from firefly.model.families import CausalModel, transformers_model
-from firefly.model.load import load_model, save_model, stored_dtype
+from firefly.model.load import load_model, save_model, state_to_save, stored_dtype
 from firefly.model.packed import PackedInput
 from firefly.recipe import Method, TrainSection
 
@@ -229,7 +229,8 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeResult:
     )
     stop_ids = _stop_ids(adapter)
     with directory_atomic(out) as place:
-        save_model(model, base, place, template.read_text("utf-8") if template else None, dtype, stop_ids)
+        chat_template = template.read_text("utf-8") if template else None
+        save_model(state_to_save(model), base, place, chat_template, dtype, stop_ids)
         del model
         if not torch.equal(_logits(load_model(place), probe), rounded):
             raise _not_the_same("what was written does not give the merged logits")

@@ -16,12 +16,13 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from firefly.console import progress, say, warn
 from firefly.data.chatformat import open_format
@@ -36,7 +37,13 @@ from firefly.model.families import CausalModel, transformers_model
 from firefly.model.load import num_parameters, read_config, save_model, stored_dtype
 from firefly.model.shards import weight_files
 from firefly.recipe import Recipe, TrainSection
-from firefly.train.checkpoint import TrainState, load_checkpoint, newest_sound, save_checkpoint
+from firefly.train.checkpoint import (
+    Checkpoints,
+    TrainState,
+    load_checkpoint,
+    newest_sound,
+    stored_tensors,
+)
 from firefly.train.curves import Metrics, UnwrittenMetrics, note
 from firefly.train.devices import peak_flops, peak_memory_bytes, training_flops
 from firefly.train.objectives import Objective, make_objective, training_stream
@@ -60,6 +67,10 @@ HARMLESS = frozenset(
     }
 )
 """Options of a run that may change from one start to the next: the losses do not depend on them."""
+
+_SHARED = (
+    "all of them must read the same files; put these on a disk that the machines share, or copy them anew"
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,9 @@ def train(
     parts = OffloadedParts(names, ranks) if recipe.parallel.offload == "optimizer" else Parts(names, ranks)
     optimizer = make_optimizer(parts.local.values(), section, compiled)
 
-    fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps, recipe.data.pack_length, ranks.dp)
+    fingerprint = _fingerprint(
+        section, model_dir, tokens_dir, total_steps, recipe.data.pack_length, ranks.dp, team
+    )
     num_batches = total_steps * section.gradient_accumulation_steps
     cache = run / "reference.safetensors"
     objective = make_objective(section, model, stream, num_batches, held_out, cache, fingerprint, bf16, ranks)
@@ -147,6 +160,7 @@ def train(
         _stop_signals() as stop,
         team.watching(recipe.parallel.hang_timeout_s),
         _open_metrics(recipe, run, state.step, ranks) as metrics,
+        Checkpoints(run, parts, optimizer, section.save_total_limit) as checkpoints,
         progress("train", total_steps, "steps", state.step) as bar,
     ):
         while state.step < total_steps:
@@ -154,8 +168,8 @@ def train(
             rate = learning_rate_at(state.step, total_steps, section)
             ranks.reseed(section.seed, state.step)
             batches = _micro_batches(stream, state.step, section.gradient_accumulation_steps)
-            loss_sum, norm, asked = _backward(
-                model, parts, objective, batches, recipe, data, window, stop.asked
+            loss_sum, norm, asked, save_failed = _backward(
+                model, parts, objective, batches, recipe, data, window, stop.asked, checkpoints.failed
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -178,32 +192,37 @@ def train(
             last = state.step == total_steps
             if last or (section.eval_steps and state.step % section.eval_steps == 0):
                 metrics.write({"step": state.step, "validation": objective.validate(model, held_out, device)})
-            if last or asked or state.step >= next_save:
-                next_save = _next_save(state.step, section.save_steps)
-                state.window = window.state()
-                try:
-                    saved = save_checkpoint(run, parts, optimizer, state, section.save_total_limit)
-                except DiskFullError as error:
-                    if last or asked:
-                        raise
-                    next_save = min(next_save, state.step + max(1, section.save_steps // 10))
-                    warn(f"{error} Training goes on; the next checkpoint is tried at step {next_save}.")
-                metrics.draw(at_once=last or bool(asked))
-                if asked:
-                    raise Interrupted(f"stopped; {saved} is saved, run the same command to go on.", asked)
+            try:
+                if save_failed:
+                    checkpoints.finish()
+                if last or asked or state.step >= next_save:
+                    next_save = _next_save(state.step, section.save_steps)
+                    state.window = window.state()
+                    saved = checkpoints.save(state)
+                    metrics.draw(at_once=last or bool(asked))
+                if last or asked:
+                    checkpoints.finish()
+            except DiskFullError as error:
+                if last or asked:
+                    raise
+                next_save = min(next_save, state.step + max(1, section.save_steps // 10))
+                warn(f"{error} Training goes on; the next checkpoint is tried at step {next_save}.")
+            if asked:
+                raise Interrupted(f"stopped; {saved} is saved, run the same command to go on.", asked)
 
-    if ranks.world_size > 1:
-        model = _whole_model(parts, model_dir, section)
-    if ranks.main:
-        export_dtype = stored_dtype(model_dir)
-        if section.method == "full":
-            save_model(model, model_dir, out, chat_format.template, export_dtype, chat_format.stop_ids)
-        else:
-            adapter = out.with_name("adapter")
-            save_adapter(model, adapter, chat_format.template, chat_format.stop_ids)
-            optimizer.state.clear()
-            model.to("cpu")
-            merge_adapter(model_dir, adapter, out)
+    trained = stored_tensors(run / f"checkpoint-{state.step}", "model")
+    if ranks.main and section.method == "full":
+        weights = {name: trained[name] for name in parts.local}
+        save_model(
+            weights, model_dir, out, chat_format.template, stored_dtype(model_dir), chat_format.stop_ids
+        )
+    elif ranks.main:
+        adapter = out.with_name("adapter")
+        adapted = model if ranks.world_size == 1 else _with_adapter(model_dir, section, trained)
+        save_adapter(adapted, adapter, chat_format.template, chat_format.stop_ids)
+        optimizer.state.clear()
+        model.to("cpu")
+        merge_adapter(model_dir, adapter, out)
     rows = metrics.rows()
     losses = [row["loss"] for row in rows if "loss" in row]
     return TrainResult(
@@ -231,10 +250,7 @@ def _start_or_resume(
     if ranks.main:
         for leftover in run.glob(".checkpoint-*"):  # of a process that was killed while it saved
             shutil.rmtree(leftover)
-        newest_sound(run)  # sets damaged ones aside
-    if ranks.world_size > 1:
-        torch.distributed.barrier()
-    newest = newest_sound(run)
+    newest = ranks.from_main(lambda: newest_sound(run))
     if newest is None:
         if ranks.main:
             write_atomic(run / "recipe.toml", recipe.to_toml())
@@ -263,24 +279,26 @@ def _backward(
     data: Tokens,
     window: Window,
     asked: int,
-) -> tuple[float, float, int]:
-    """Gradients of one step, clipped; returns the loss sum, the gradient norm before clipping, and whether to stop.
+    save_failed: bool,
+) -> tuple[float, float, int, bool]:
+    """Gradients of one step, clipped; returns the loss sum, the gradient norm before clipping, and news.
 
-    The loss sum is that of all ranks, and what one rank was `asked` to do all are told. Reading these numbers is the
-    step's only wait for the device. It cannot be put off: what is not finite must stop the run before the update. It
-    costs the device the time to begin the next step, far below a millisecond.
+    The loss sum is that of all ranks, and so is the news: that one was `asked` to stop, or knows that a checkpoint
+    failed. Reading these numbers is the step's only wait for the device. It cannot be put off: what is not finite must
+    stop the run before the update. It costs the device the time to begin the next step, far below a millisecond.
     """
     ranks = parts.ranks
     model.train()
     counts = [(len(objective.units(batch)), len(batch.target_ids)) for batch in batches]
     count, num_targets = ranks.sum(torch.tensor(counts).sum(0)).tolist()
     if num_targets == 0:
-        raise TrainingError(f"{_samples(batches, data)}: no token to learn in this batch; check the dataset.")
+        raise TrainingError(
+            f"{_samples(batches, data, ranks)}: no token to learn in this batch; check the dataset."
+        )
     total = torch.zeros((), device=ranks.device)
-    away = activations_away if recipe.parallel.offload == "all" else _nothing_away
     for batch in batches:
         before_micro_batch(model, recipe.parallel, last=batch is batches[-1])
-        with away(len(batch.input_ids), ranks.device):
+        with activations_away(batch, ranks) if recipe.parallel.offload == "all" else nullcontext():
             loss = objective.loss(model, batch, ranks.device)
         window.add_batch(batch, objective.units(batch), loss.each, loss.others)
         torch.autograd.backward(loss.total / count)
@@ -288,25 +306,22 @@ def _backward(
     parts.take_gradients()
     found = parts.clip(recipe.train.max_grad_norm)
     if ranks.world_size > 1:
-        total, told = ranks.sum(torch.stack([total, torch.full_like(total, asked)])).unbind()
-        asked = int(told) and (asked or signal.SIGTERM)
+        news = ranks.sum(torch.stack([total, total.new_tensor(asked), total.new_tensor(save_failed)]))
+        total, told, save_failed = news[0], int(news[1]), bool(news[2])
+        asked = told and (asked or signal.SIGTERM)
     loss_sum, norm = torch.stack([total, found.to(total.dtype)]).tolist()
     if not math.isfinite(loss_sum + norm):
         raise TrainingError(
             f"The loss is {loss_sum / count} and the gradient norm {norm}; stopped before the update. "
-            f"{_samples(batches, data)}. Look at these samples, lower train.learning_rate, "
+            f"{_samples(batches, data, ranks)}. Look at these samples, lower train.learning_rate, "
             "or use precision = 'float32'; then run again to go on from the last checkpoint."
         )
-    return loss_sum, norm, asked
+    return loss_sum, norm, asked, save_failed
 
 
-@contextmanager
-def _nothing_away(*_: object) -> Iterator[None]:
-    yield
-
-
-def _samples(batches: list[Batch], data: Tokens) -> str:
-    numbers = [number for batch in batches for number in batch.sample_ids]
+def _samples(batches: list[Batch], data: Tokens, ranks: Ranks) -> str:
+    mine = [number for batch in batches for number in batch.sample_ids]
+    numbers = dict.fromkeys(number for one in ranks.told(mine) for number in one)
     lines = [int(data.origins[number]) + 1 for number in numbers]
     return f"The samples are lines {', '.join(map(str, lines))} of the dataset's train.jsonl"
 
@@ -327,8 +342,11 @@ def _fingerprint(
     total_steps: int,
     pack_length: int | None,
     dp: int,
+    team: Team,
 ) -> str:
     """What a checkpoint belongs to: options that change the losses, base weights, and data.
+
+    Raises `LaunchError` where the ranks do not see the same files.
 
     How a step's samples are dealt out to ranks and micro-batches changes nothing; how many they are does.
     """
@@ -338,7 +356,9 @@ def _fingerprint(
         section.per_device_train_batch_size * section.gradient_accumulation_steps * dp
     )
     weights = [sha256_file(path) for path in weight_files(model_dir)]
-    return sha256_json([options, total_steps, pack_length, weights, sha256_file(tokens_dir / "index.json")])
+    tokens = sha256_file(tokens_dir / "index.json")
+    team.same("files", {str(model_dir): sha256_json(weights)[:12], str(tokens_dir): tokens[:12]}, _SHARED)
+    return sha256_json([options, total_steps, pack_length, weights, tokens])
 
 
 @dataclass(frozen=True)
@@ -393,14 +413,13 @@ def _open_metrics(recipe: Recipe, run: Path, step: int, ranks: Ranks) -> Metrics
     return Metrics(run, step, reporters)
 
 
-def _whole_model(parts: Parts, model_dir: Path, section: TrainSection) -> CausalModel:
-    """The trained model in the main process's memory; every rank must ask."""
-    whole = {name: parts.gather(name, part.detach()).cpu() for name, part in parts.local.items()}
+def _with_adapter(model_dir: Path, section: TrainSection, trained: dict[str, Tensor]) -> CausalModel:
+    """The base with the adapter that was `trained`, whole in this process."""
     model = load_for_training(model_dir, section, torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in transformers_model(model).named_parameters():
-            if name in whole:
-                parameter.copy_(whole[name])
+            if name in trained:
+                parameter.copy_(trained[name])
     return model
 
 

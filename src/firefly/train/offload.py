@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from firefly.data.loader import Batch
 from firefly.train.parallel import Parts, Ranks
 
 _BUCKET_BYTES = 64 << 20  # of gradients that come down together, and are updated together
@@ -129,11 +130,12 @@ class _Away:
 
 
 @contextlib.contextmanager
-def activations_away(num_tokens: int, device: torch.device) -> Iterator[None]:
-    """What a forward pass saves for the backward pass goes to main memory, where it is of the batch's tokens.
+def activations_away(batch: Batch, ranks: Ranks) -> Iterator[None]:
+    """What the forward pass of a batch saves for the backward pass goes to main memory, if it is a row a token.
 
     With `gradient_checkpointing` that is one hidden state a layer. Weights, which autograd saves too, stay.
     """
+    num_tokens, device = len(batch.input_ids), ranks.device
     stream, on_gpu = Stream(device), device.type == "cuda"
     saved: list[_Away] = []
 

@@ -17,7 +17,7 @@ The optimizer sees plain tensors, this rank's parts of the parameters, so any op
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -103,6 +103,20 @@ class Ranks:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return most
 
+    def told(self, value: Item) -> list[Item]:
+        """What every process says, all of which must."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, ask: Callable[[], Item]) -> Item:
+        """What the main process finds, for all of them."""
+        found = [ask() if self.main else None]
+        if self.mesh is not None:
+            dist.broadcast_object_list(found, device=torch.device("cpu"))
+        return found[0]  # type: ignore[return-value]
+
     def share(self, items: Iterable[Item]) -> Iterator[Item]:
         """This rank's share of `items`, as many as every other's: the last ones are given out repeatedly."""
         turn: list[Item] = []
@@ -170,8 +184,8 @@ def _refuse_unfit(recipe: Recipe, world_size: int) -> None:
     copies = section.tp > 1 or section.hsdp > 1 or section.zero == 0
     if compact and copies and world_size > 1:
         raise RecipeError(
-            "Compact optimizers and bf16 weights round at random, so that copies on several ranks would drift apart; use "
-            "parallel.zero 1 to 3 with tp = 1 and hsdp = 1, or train.optimizer = 'adamw' and weights = 'float32'."
+            "Compact optimizers and bf16 weights round at random, so that copies on several ranks would drift apart; "
+            "use parallel.zero 1 to 3 with tp = 1 and hsdp = 1, or train.optimizer = 'adamw' and weights = 'float32'."
         )
     if train.method == "qlora" and (section.tp > 1 or _stage(section) == 3):
         raise RecipeError(

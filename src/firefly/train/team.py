@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import sys
@@ -48,7 +49,7 @@ class Team:
     rank = 0
     world_size = 1
 
-    def same(self, what: str, facts: dict[str, Any], cure: str, timeout_s: float) -> None:
+    def same(self, what: str, facts: dict[str, Any], cure: str, timeout_s: float = math.inf) -> None:
         """Wait until every rank came here, at most so long; raises `LaunchError` unless all have the same `facts`."""
 
     def say(self, word: str) -> None:
@@ -128,12 +129,12 @@ class _Several(Team):
         self._words = 0
         self._together = False  # every rank was here at least once
         self._dead_after_s = DEAD_AFTER_S
-        self._advances, self._advanced_s, self._patience_s = 0, 0.0, float("inf")
+        self._advances, self._advanced_s, self._patience_s = 0, 0.0, math.inf
         self._ending = threading.Lock()
         self._left = threading.Event()
         threading.Thread(target=self._watch, name="firefly-team", daemon=True).start()
 
-    def same(self, what: str, facts: dict[str, Any], cure: str, timeout_s: float) -> None:
+    def same(self, what: str, facts: dict[str, Any], cure: str, timeout_s: float = math.inf) -> None:
         store = self._store
         store.set(f"{what}/{self.rank}", json.dumps([self.world_size, facts]))
         if self.rank:
@@ -194,7 +195,7 @@ class _Several(Team):
         try:
             yield
         finally:
-            self._patience_s = float("inf")
+            self._patience_s = math.inf
 
     # --- the end ---
 
