@@ -1,8 +1,8 @@
 """What each process of the parallel tests runs: several trainings in one process group, so torch is imported once.
 
-    torchrun --nproc-per-node 2 tests/train/ranks.py recipe.toml recipe.toml ...
+    torchrun --nproc-per-node 2 tests/train/ranks.py recipe.toml tokens-directory recipe.toml tokens-directory ...
 
-Datasets and tokens must be there. What a training raises is written beside its recipe, as recipe.error.
+What a training raises is written beside its recipe, as recipe.error.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from firefly.train.loop import train
 
 quiet()
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-for name in sys.argv[1:]:
+for name, tokens in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
     recipe = Recipe.load(name)
-    out = recipe.out
     try:
-        train(recipe, Path(recipe.model.base), out.parent / "tokens", out / "run", out / "model")
+        train(recipe, Path(recipe.model.base), Path(tokens), recipe.out / "run", recipe.out / "model")
     except FireflyError as error:
         if dist.get_rank() == 0:
             Path(name).with_suffix(".error").write_text(str(error), encoding="utf-8")

@@ -26,6 +26,7 @@ from firefly.train.gpus import Device, find_gpu
 from firefly.train.loop import train
 from firefly.train.memory import BatchShape, at_depth, predict_memory
 from firefly.train.optim import make_optimizer
+from firefly.train.parallel import Ranks
 from firefly.train.plan import estimate_from, make_plan
 from tiny import recipe_table, save_tokenizer, write_pairs
 
@@ -234,7 +235,9 @@ def test_the_probe_restores_random_state_and_gradients(
     monkeypatch.setattr(objectives, "batch_loss", random)
     before = torch.get_rng_state()
     stream = TrainingStream(Tokens.open(made.out / "tokens", "train"), 4, made.train.seed)
-    plan.try_largest_batch(model, optimizer, objectives.NextToken(bf16=False), stream, 8)
+    plan.try_largest_batch(
+        model, optimizer, objectives.NextToken(False, Ranks(torch.device("cpu"))), stream, 8
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters()) and not optimizer.state
 

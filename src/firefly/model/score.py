@@ -49,6 +49,25 @@ def token_losses(model: CausalModel, batch: PackedInput, bf16: bool = False) -> 
     return batch_loss(model, batch, bf16)[1]
 
 
+def loss_by_sample(
+    model: CausalModel,
+    batches: Iterable[SupportsScoring],
+    num_samples: int,
+    device: torch.device,
+    bf16: bool = False,
+) -> Tensor:
+    """Nats and learned tokens of each of N samples, by the batches' `sample_ids`: [2, N] float64, −1 for the others."""
+    found = torch.full((2, num_samples), -1.0, dtype=torch.float64)
+    was_training = model.training
+    for batch in batches:
+        losses = token_losses(model, PackedInput.of(batch, device), bf16).double().cpu()
+        samples, here = torch.from_numpy(batch.target_samples), len(batch.sample_ids)
+        found[0, batch.sample_ids] = torch.bincount(samples, losses, here)
+        found[1, batch.sample_ids] = torch.bincount(samples, minlength=here).double()
+    model.train(was_training)
+    return found
+
+
 def loss_by_kind(
     model: CausalModel,
     batches: Iterable[SupportsScoring],
@@ -62,20 +81,19 @@ def loss_by_kind(
     `kinds` and `target_bytes` (UTF-8) are indexed by the batches' `sample_ids`. Bits per byte do not depend on
     the vocabulary, so they compare models with different tokenizers.
     """
+    return sum_by_kind(loss_by_sample(model, batches, len(kinds), device, bf16), kinds, target_bytes)
+
+
+def sum_by_kind(
+    found: Tensor, kinds: Sequence[str], target_bytes: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """What `loss_by_kind` tells, from what `loss_by_sample` found."""
     sums: dict[str, list[float]] = {}  # kind → nats, tokens, bytes
-    was_training = model.training
-    for batch in batches:
-        num_samples = len(batch.sample_ids)
-        losses = token_losses(model, PackedInput.of(batch, device), bf16).double().cpu()
-        samples = torch.from_numpy(batch.target_samples)
-        nats = torch.bincount(samples, losses, num_samples).tolist()
-        counts = torch.bincount(samples, minlength=num_samples).tolist()
-        for number, *amounts in zip(batch.sample_ids, nats, counts, strict=True):
-            for name in (kinds[number], "all"):
-                entry = sums.setdefault(name, [0.0, 0.0, 0.0])
-                for column, amount in enumerate([*amounts, target_bytes[number]]):
-                    entry[column] += amount
-    model.train(was_training)
+    for kind, nats, count, size in zip(kinds, *found.tolist(), target_bytes, strict=True):
+        for name in (kind, "all") if count >= 0 else ():
+            entry = sums.setdefault(name, [0.0, 0.0, 0.0])
+            for column, amount in enumerate((nats, count, size)):
+                entry[column] += amount
     return {
         name: {"loss": nats / max(count, 1), "bits_per_byte": nats / math.log(2) / max(size, 1)}
         for name, (nats, count, size) in sorted(sums.items())

@@ -256,9 +256,8 @@ def load_checkpoint(
         raise CheckpointError(f"{path} holds the weights of another model; choose another output_dir.")
     ranks = parts.ranks
     same_layout = (tp, len(random)) == (ranks.tp, ranks.world_size)
-    with torch.no_grad():
-        for name, part in parts.local.items():
-            part.copy_(parts.cut(name, weights[name]))
+    for name in parts.local:
+        parts.put(name, parts.cut(name, weights[name]))
     for key, value in stored_tensors(path, "optimizer").items():
         name, _, rest = key.rpartition("/")
         moment, _, owner = rest.partition("@")

@@ -16,7 +16,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from firefly.train.checkpoint import (
 from firefly.train.curves import Metrics, UnwrittenMetrics, note
 from firefly.train.devices import peak_flops, peak_memory_bytes, training_flops
 from firefly.train.objectives import Objective, make_objective, training_stream
+from firefly.train.offload import OffloadedParts, activations_away
 from firefly.train.optim import learning_rate_at, make_optimizer
 from firefly.train.parallel import Parts, Ranks, before_micro_batch, distribute, process_group, take_places
 from firefly.train.plan import num_steps, require_room, try_largest_batch
@@ -99,7 +100,7 @@ def train(
     section = recipe.train
     require_reporters(section.report_to)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = take_places(recipe.parallel, device)
+    ranks = take_places(recipe, device)
     bf16_weights = section.weights != "float32"
     bf16 = (
         bf16_weights or section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
@@ -138,7 +139,7 @@ def train(
         say(
             f"train: {section.method} adapters, {num_learning:,} of {num_parameters(model):,} parameters learn"
         )
-    parts = Parts(names, ranks)
+    parts = OffloadedParts(names, ranks) if recipe.parallel.offload == "optimizer" else Parts(names, ranks)
     optimizer = make_optimizer(parts.local.values(), section, compiled)
 
     fingerprint = _fingerprint(
@@ -146,9 +147,7 @@ def train(
     )
     num_batches = total_steps * section.gradient_accumulation_steps
     cache = run / "reference.safetensors"
-    objective = make_objective(
-        section, model, stream, num_batches, held_out, cache, fingerprint, device, bf16
-    )
+    objective = make_objective(section, model, stream, num_batches, held_out, cache, fingerprint, bf16, ranks)
     state = _start_or_resume(recipe, run, parts, optimizer, fingerprint, ranks)
     if section.check and state.step < total_steps:
         try_largest_batch(model, optimizer, objective, stream, num_batches)
@@ -167,13 +166,14 @@ def train(
         while state.step < total_steps:
             began_s = time.monotonic()
             rate = learning_rate_at(state.step, total_steps, section)
+            ranks.reseed(section.seed, state.step)
             batches = _micro_batches(stream, state.step, section.gradient_accumulation_steps)
             loss_sum, norm, asked, save_failed = _backward(
                 model, parts, objective, batches, recipe, data, window, stop.asked, checkpoints.failed
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
+            parts.step(optimizer)
             parts.zero_grad()
             state.step += 1
             state.trained_tokens += sum(len(batch.input_ids) for batch in batches)
@@ -284,26 +284,27 @@ def _backward(
     """Gradients of one step, clipped; returns the loss sum, the gradient norm before clipping, and news.
 
     The loss sum is that of all ranks, and so is the news: that one was `asked` to stop, or knows that a checkpoint
-    failed. Reading these numbers is the
-    step's only wait for the device. It cannot be put off: what is not finite must stop the run before the update. It
-    costs the device the time to begin the next step, far below a millisecond.
+    failed. Reading these numbers is the step's only wait for the device. It cannot be put off: what is not finite must
+    stop the run before the update. It costs the device the time to begin the next step, far below a millisecond.
     """
     ranks = parts.ranks
     model.train()
     counts = [(len(objective.units(batch)), len(batch.target_ids)) for batch in batches]
     count, num_targets = ranks.sum(torch.tensor(counts).sum(0)).tolist()
     if num_targets == 0:
-        raise TrainingError(f"{_samples(batches, data)}: no token to learn in this batch; check the dataset.")
+        raise TrainingError(
+            f"{_samples(batches, data, ranks)}: no token to learn in this batch; check the dataset."
+        )
     total = torch.zeros((), device=ranks.device)
     for batch in batches:
         before_micro_batch(model, recipe.parallel, last=batch is batches[-1])
-        loss = objective.loss(model, batch, ranks.device)
+        with activations_away(batch, ranks) if recipe.parallel.offload == "all" else nullcontext():
+            loss = objective.loss(model, batch, ranks.device)
         window.add_batch(batch, objective.units(batch), loss.each, loss.others)
         torch.autograd.backward(loss.total / count)
         total += loss.total.detach()
     parts.take_gradients()
-    found = parts.gradient_norm()
-    torch.nn.utils.clip_grads_with_norm_(parts.local.values(), recipe.train.max_grad_norm, found)
+    found = parts.clip(recipe.train.max_grad_norm)
     if ranks.world_size > 1:
         news = ranks.sum(torch.stack([total, total.new_tensor(asked), total.new_tensor(save_failed)]))
         total, told, save_failed = news[0], int(news[1]), bool(news[2])
@@ -312,14 +313,15 @@ def _backward(
     if not math.isfinite(loss_sum + norm):
         raise TrainingError(
             f"The loss is {loss_sum / count} and the gradient norm {norm}; stopped before the update. "
-            f"{_samples(batches, data)}. Look at these samples, lower train.learning_rate, "
+            f"{_samples(batches, data, ranks)}. Look at these samples, lower train.learning_rate, "
             "or use precision = 'float32'; then run again to go on from the last checkpoint."
         )
     return loss_sum, norm, asked, save_failed
 
 
-def _samples(batches: list[Batch], data: Tokens) -> str:
-    numbers = [number for batch in batches for number in batch.sample_ids]
+def _samples(batches: list[Batch], data: Tokens, ranks: Ranks) -> str:
+    mine = [number for batch in batches for number in batch.sample_ids]
+    numbers = dict.fromkeys(number for one in ranks.told(mine) for number in one)
     lines = [int(data.origins[number]) + 1 for number in numbers]
     return f"The samples are lines {', '.join(map(str, lines))} of the dataset's train.jsonl"
 
