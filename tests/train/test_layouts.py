@@ -34,10 +34,11 @@ SAVED, STEPS = 5, 10
 Losses = list[tuple[int, float]]
 
 
-def in_processes(recipes: list[Path], count: int = 2) -> None:
+def in_processes(recipes: list[Path], tokens: Path, count: int) -> None:
     """Train the recipes one after the other in `count` processes."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-    command += [str(Path(__file__).parent / "ranks.py"), *map(str, recipes)]
+    command += [str(Path(__file__).parent / "ranks.py")]
+    command += [str(path) for recipe in recipes for path in (recipe, tokens)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -83,7 +84,7 @@ class Bench:
             else:
                 together.append(path)
         if together:
-            in_processes(together, self.processes)
+            in_processes(together, self.folder / "tokens", self.processes)
 
     def go_on_from(self, before: str, name: str) -> None:
         """The run `name` will begin with the first checkpoint of the run `before`, as soon as there is one."""
@@ -136,9 +137,20 @@ def test_the_same_with_four_processes_and_meshes(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """Zero 3 beside tensor parallelism too, and replicas."""
-    more = {"zero3-tp2".replace("-", "_"): {"zero": 3, "tp": 2}, "hsdp": {"zero": 2, "hsdp": 2}}
+    more = {"zero3_tp2": {"zero": 3, "tp": 2}, "hsdp": {"zero": 2, "hsdp": 2}}
     monkeypatch.setattr(sys.modules[__name__], "LAYOUTS", LAYOUTS | more)
     every_way(Bench(tmp_path, tiny(family), processes=4))
+
+
+@pytest.mark.nightly
+def test_8_bit_moments_stay_as_they_were_shared_out(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    bench = Bench(tmp_path, tiny("bloom"), optimizer="adamw_8bit")
+    bench.go_on_from("zero3", "same")
+    bench.go_on_from("zero3", "other")
+    bench.train({"zero3": "zero3", "same": "zero3"})
+    assert losses(tmp_path / "same") == losses(tmp_path / "zero3")[SAVED:]
+    with pytest.raises(CheckpointError, match="8-bit moments.*go on with 2 processes"):
+        bench.train({"other": "alone"})
 
 
 # --- beside the training --------------------------------------------------------------------------------------------
