@@ -149,7 +149,7 @@ def test_8_bit_moments_stay_as_they_were_shared_out(tiny: Callable[[str], Path],
     bench.go_on_from("zero3", "other")
     bench.train({"zero3": "zero3", "same": "zero3"})
     assert losses(tmp_path / "same") == losses(tmp_path / "zero3")[SAVED:]
-    with pytest.raises(CheckpointError, match="8-bit moments.*go on with 2 processes"):
+    with pytest.raises(CheckpointError, match=r"8-bit moments.*go on with 2 processes"):
         bench.train({"other": "alone"})
 
 
