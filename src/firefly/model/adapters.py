@@ -70,12 +70,13 @@ def require_method(method: Method) -> None:
 
 
 def load_for_training(
-    directory: Path, section: TrainSection, device: torch.device, bf16: bool = False
+    directory: Path, section: TrainSection, device: torch.device, bf16: bool = False, as_stored: bool = False
 ) -> CausalModel:
     """The model of a directory, ready to train: with adapters on a frozen base unless the method is full.
 
     The base's linear layers are held in NF4 by qlora, else in bf16 where the products run in it anyway (the same
-    numbers, in half the memory). Raises `RecipeError` for an unknown target module.
+    numbers, in half the memory). With `as_stored`, weights that train whole keep the dtype of their file, whose pages
+    all processes of a machine share. Raises `RecipeError` for an unknown target module.
     """
     if section.method == "qlora":
         # By way of main memory, so that the device never holds more than the 4-bit model and one layer.
@@ -83,9 +84,9 @@ def load_for_training(
         _quantize(model, device)
         transformers_model(model).to(device)
     else:
-        model = load_model(
-            directory, device, torch.float32 if section.weights == "float32" else torch.bfloat16
-        )
+        dtype = torch.float32 if section.weights == "float32" else torch.bfloat16
+        keep = as_stored and section.method == "full"
+        model = load_model(directory, device, stored_dtype(directory) if keep else dtype)
     if section.method != "full":
         attach(model, section, directory)
         if bf16 and section.method != "qlora":
