@@ -33,7 +33,7 @@ from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss
 from firefly.recipe import Recipe, TrainSection
 from firefly.train.optim import make_optimizer
-from firefly.train.parallel import Parts, before_micro_batch, distribute, process_group, take_places
+from firefly.train.parallel import Parts, before_micro_batch, distribute, is_whole, process_group, take_places
 
 VOCAB = 4096
 SHAPE = {"model_type": "bloom", "vocab_size": VOCAB, "hidden_size": 256, "n_layer": 8, "n_head": 8}
@@ -72,7 +72,8 @@ def measure(layout: dict[str, int]) -> dict[str, float]:
     torch.manual_seed(0)
     model = build(SHAPE)
     whole = 4 * sum(one.numel() for one in model.parameters())
-    distribute(model, recipe.parallel, ranks, bf16=False)
+    if not is_whole(recipe.parallel, ranks):
+        distribute(model, recipe.parallel, ranks, bf16=False)
     parts = Parts(dict(transformers_model(model).named_parameters()), ranks)
     optimizer = make_optimizer(parts.local.values(), TrainSection())
     ids = torch.randint(VOCAB, (64,)).numpy()
