@@ -187,18 +187,18 @@ class Checkpoints:
             if ranks.main:
                 building.enter_context(directory_atomic(target))
 
-        def write_files() -> tuple[dict[str, str], dict[str, str]]:
+        def write_files() -> dict[str, str]:
             with writing_to(target):
                 for name, tensors in files.items():
                     save_file(tensors, place / name, metadata={"format": "pt"})
                     fsync(place / name)
-                return {name: sha256_file(place / name) for name in files}, random
+                return {name: sha256_file(place / name) for name in files}
 
         def conclude() -> None:
             if ranks.main:
-                layout = {"tp": ranks.tp, "random": [one for _, one in written]}
+                layout = {"processes": ranks.world_size, "tp": ranks.tp, "random": random}
                 write_json(place / "state.json", record | layout)
-                digests = {name: digest for part, _ in written for name, digest in part.items()}
+                digests = {name: digest for part in written for name, digest in part.items()}
                 digests["state.json"] = sha256_file(place / "state.json")
                 write_atomic(place / "manifest.json", _manifest(digests))
                 building.close()
@@ -234,13 +234,13 @@ def load_checkpoint(
 ) -> TrainState:
     """Put weights, moments and random state back in place; returns the rest.
 
-    The random state is this process's own where as many processes share the work in the same way; else it is a new
-    one, given by run, step and the process's share of the samples. Raises `CheckpointError` when the checkpoint belongs
-    to another recipe or data. It must be sound (`verify`).
+    The random state goes on for as many processes; for another number it is a new one, given by run and step (and
+    several processes begin every step with one of its own: `Ranks.reseed`). Raises `CheckpointError` when the
+    checkpoint belongs to another recipe or data. It must be sound (`verify`).
     """
     stored = json.loads((path / "state.json").read_text(encoding="utf-8"))
     try:
-        random, tp = stored.pop("random"), stored.pop("tp")
+        random, processes, tp = (stored.pop(name) for name in ("random", "processes", "tp"))
         state = TrainState(**stored)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
@@ -255,7 +255,7 @@ def load_checkpoint(
     if set(weights) != set(parts.local):
         raise CheckpointError(f"{path} holds the weights of another model; choose another output_dir.")
     ranks = parts.ranks
-    same_layout = (tp, len(random)) == (ranks.tp, ranks.world_size)
+    same_layout = (processes, tp) == (ranks.world_size, ranks.tp)
     for name in parts.local:
         parts.put(name, parts.cut(name, weights[name]))
     for key, value in stored_tensors(path, "optimizer").items():
@@ -263,7 +263,7 @@ def load_checkpoint(
         moment, _, owner = rest.partition("@")
         if owner and not same_layout:
             raise CheckpointError(
-                f"{path} holds 8-bit moments, which stay as they were shared out; go on with {len(random)} "
+                f"{path} holds 8-bit moments, which stay as they were shared out; go on with {processes} "
                 "processes and the same parallel section."
             )
         if not owner or int(owner) == ranks.rank:
@@ -272,9 +272,9 @@ def load_checkpoint(
             own = value if owner else parts.cut(name, value)
             optimizer.state[part][moment] = own.to(part.device, copy=True)
     if same_layout:
-        _restore_random_state(random[ranks.rank])
+        _restore_random_state(random)
     else:
-        torch.manual_seed(int(sha256_json([fingerprint, state.step, ranks.dp_rank])[:15], 16))
+        torch.manual_seed(int(sha256_json([fingerprint, state.step])[:15], 16))
     return state
 
 

@@ -40,6 +40,7 @@ DEAD_AFTER_S = 30.0
 _TICK_S = 1.0
 _ECHO_S = 6.0  # when contact broke, the dead rank is the one that is silent for so long
 _LEAVE_S = 60.0
+_LAST_WORDS_S = 5.0
 _GO_ON = "run the same command to go on from the last checkpoint"
 
 
@@ -98,9 +99,8 @@ class _Several(Team):
     def __init__(self, timeout_s: float = 300.0) -> None:
         self.rank, self.world_size, host, port = _environment()
         distributed: Any = import_module("torch.distributed")
-        theirs = (
-            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        )  # torchrun has the store, or else rank 0
+        # torchrun has the store, or else rank 0
+        self._serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
         def connection(server: bool) -> Any:
             store = distributed.TCPStore(
@@ -114,9 +114,14 @@ class _Several(Team):
             return distributed.PrefixStore(f"firefly/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
 
         try:
-            self._store = connection(server=self.rank == 0 and not theirs)
+            self._store = connection(server=self._serves)
             self._watchers_store = connection(server=False)
         except RuntimeError as error:
+            if self._serves:
+                raise LaunchError(
+                    f"Rank 0 cannot listen on port {port} ({str(error).splitlines()[0]}); another run may use it: "
+                    "choose another MASTER_PORT, or end that run."
+                ) from error
             raise LaunchError(
                 f"Rank {self.rank} of {self.world_size} found no rank 0 at {host}:{port} within {timeout_s:.0f} s; "
                 "check that all were started, with the same MASTER_ADDR and MASTER_PORT, and that the port is open."
@@ -202,13 +207,9 @@ class _Several(Team):
     def leave(self) -> None:
         """This rank is done; rank 0 goes last, for it may have the store."""
         self._left.set()
-        self._store.set(f"left/{self.rank}", "yes")
-        self._store.check([f"left/{self.rank}"])  # a reply: it has arrived before this process ends
+        self._mark(self._store, f"left/{self.rank}")
         if self.rank == 0 and self._together:
-            last_s = time.monotonic() + _LEAVE_S
-            names = [f"left/{rank}" for rank in range(self.world_size)]
-            while not self._store.check(names) and time.monotonic() < last_s:
-                time.sleep(0.05)
+            self._wait_for(self._store, [f"left/{rank}" for rank in range(self.world_size)], _LEAVE_S)
 
     def failed(self, error: BaseException) -> None:
         """Tell all ranks of this rank's error, or end because of another's that came first."""
@@ -229,22 +230,30 @@ class _Several(Team):
                 self._tell(self._store)
                 if not first.endswith(own):
                     raise LaunchError(first) from None
-            elif self._told(self._store):
-                if self._log is None:
-                    os._exit(1)  # here, without a log yet, it would be said again
-            elif self._terminal is not None:
+                return
+            told = self._wait_for(self._store, ["told"], _LAST_WORDS_S)
+            self._mark(self._store, f"left/{self.rank}")
+            if told and self._log is None:
+                os._exit(1)  # here, without a log yet, it would be said again
+            if not told and self._terminal is not None:
                 os.write(self._terminal, f"error: {first}\n".encode())
 
-    @staticmethod
-    def _tell(store: Any) -> None:
-        store.set("told", "yes")
-        store.check(["told"])  # a reply: it has arrived before this process ends
+    def _tell(self, store: Any) -> None:
+        """Rank 0 says that it has said it; where it has the store, it goes last."""
+        self._mark(store, "told")
+        if self._serves:
+            here = [r for r in range(1, self.world_size) if store.check([f"number/{r}"])]
+            self._wait_for(store, [f"left/{rank}" for rank in here], _LAST_WORDS_S)
 
     @staticmethod
-    def _told(store: Any) -> bool:
-        """Wait a little until rank 0 has said why the run ends; whether it has."""
-        last_s = time.monotonic() + 5.0
-        while not store.check(["told"]):
+    def _mark(store: Any, key: str) -> None:
+        store.set(key, "yes")
+        store.check([key])  # a reply: it has arrived before this process ends
+
+    @staticmethod
+    def _wait_for(store: Any, keys: list[str], most_s: float) -> bool:
+        last_s = time.monotonic() + most_s
+        while keys and not store.check(keys):
             if time.monotonic() > last_s:
                 return False
             time.sleep(0.05)
@@ -317,13 +326,17 @@ class _Several(Team):
             return  # the main thread is about to
         if self._log is not None:
             faulthandler.dump_traceback(self._log)
+        store = self._watchers_store
         with contextlib.suppress(RuntimeError):
-            if self.rank and self._log is None and self._told(self._watchers_store):
-                os._exit(1)
+            if self.rank:
+                told = self._log is None and self._wait_for(store, ["told"], _LAST_WORDS_S)
+                self._mark(store, f"left/{self.rank}")
+                if told:
+                    os._exit(1)  # here, without a log yet, it would be said again
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):
             if self.rank == 0:
-                self._tell(self._watchers_store)
+                self._tell(store)
         os._exit(1)
 
 
