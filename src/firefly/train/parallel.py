@@ -129,6 +129,9 @@ class Ranks:
             yield turn[self.dp_rank % len(turn)]
 
 
+ALONE = Ranks(torch.device("cpu"))
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """While the block runs, the processes that torchrun started, if it did, can exchange tensors."""
