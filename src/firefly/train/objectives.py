@@ -95,7 +95,9 @@ class Preference:
     reference's log-probabilities of the samples of the two splits [N].
     """
 
-    def __init__(self, beta: float, reference: Tensor, held_out: Tensor, bf16: bool, ranks: Ranks) -> None:
+    def __init__(
+        self, beta: float, reference: Tensor, held_out: Tensor, bf16: bool, ranks: Ranks = ALONE
+    ) -> None:
         self.beta, self.reference, self.held_out, self.bf16 = beta, reference, held_out, bf16
         self.ranks = ranks
 
