@@ -47,16 +47,20 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def weights_bytes() -> int:
+def living_parameters() -> list[nn.Parameter]:
     """All parameters that are alive in this process, shards and gathered ones."""
-    with torch.no_grad():
-        return storage_bytes(one.detach() for one in gc.get_objects() if isinstance(one, nn.Parameter))
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    return [one for one in tensors if isinstance(one, nn.Parameter)]
+
+
+def weights_bytes() -> int:
+    """Bytes of all of them."""
+    return storage_bytes(one.detach() for one in living_parameters())
 
 
 def gradient_bytes() -> int:
-    """All gradients that are alive in this process."""
-    parameters = [one for one in gc.get_objects() if isinstance(one, nn.Parameter)]
-    return storage_bytes(one.grad for one in parameters if one.grad is not None)
+    """Bytes of their gradients."""
+    return storage_bytes(one.grad for one in living_parameters() if one.grad is not None)
 
 
 def measure(layout: dict[str, int]) -> dict[str, float]:
