@@ -125,10 +125,9 @@ def run_firefly(model: Path, tokens: Path, steps: int, place: Path) -> dict[str,
             },
         }
     )
-    train(recipe, model, tokens, place / "run", place / "model")
+    done = train(recipe, model, tokens, place / "run", place / "model")
     lines = map(json.loads, (place / "run" / "metrics.jsonl").read_text("utf-8").splitlines())
-    logged = [row for row in lines if "loss" in row]
-    return {"tokens_per_s": logged[-1]["tokens_per_s"], "losses": [row["loss"] for row in logged]}
+    return {"tokens_per_s": done.tokens_per_s, "losses": [row["loss"] for row in lines if "loss" in row]}
 
 
 def run_peer(way: str, model: Path, tokens: Path, steps: int, place: Path) -> dict[str, Any]:

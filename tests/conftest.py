@@ -1,4 +1,4 @@
-"""Fixtures for every test: silence, two threads, and tiny model directories made once."""
+"""Fixtures for every test: silence, two threads, blank pictures, and tiny model directories made once."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ def _quiet() -> None:
     from firefly.console import quiet
 
     quiet()
+
+
+PICTURE = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
+    "0000000c49444154789c63f8ffff3f0005fe02fe0def46b80000000049454e44ae426082"
+)
+
+
+@pytest.fixture(autouse=True)
+def _blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than tiny runs do, so a picture is a white dot except in tests marked `pictures`."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, place, **__: place.write(PICTURE))
 
 
 @pytest.fixture(scope="session")

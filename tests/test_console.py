@@ -76,6 +76,7 @@ def test_quiet_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.out == said.err == ""
 
 
+@pytest.mark.pictures
 @pytest.mark.filterwarnings("error:Glyph")
 def test_pictures_have_no_missing_glyphs(tmp_path: Path) -> None:
     with plots.figure(tmp_path / "x.png") as axes:

@@ -13,6 +13,7 @@ from firefly import plots
 from firefly.data.stats import draw_lengths, length_summary, task_chart
 from firefly.data.tasks import load_tasks
 
+pytestmark = pytest.mark.pictures
 TOOL = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "make_font.py"))
 
 

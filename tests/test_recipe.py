@@ -137,3 +137,15 @@ def test_defaults_read_back_as_the_same_json() -> None:
     assert json.dumps(TrainSection.model_validate(train.model_dump()).model_dump()) == json.dumps(
         train.model_dump()
     )
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*lora.toml")), ids=lambda path: path.name)
+def test_recipes_of_adapters_differ_from_the_full_one_in_training_alone(path: Path) -> None:
+    full_name, _, method = path.stem.rpartition("-")
+    adapters, full = Recipe.load(path), Recipe.load(path.with_name(f"{full_name}.toml"))
+    assert adapters.train.method == method and full.train.method == "full"
+    assert adapters.train.learning_rate >= 4 * full.train.learning_rate
+    assert (adapters.name, adapters.output_dir) == (path.stem, f"out/{path.stem}")
+    assert adapters.model_dump(exclude={"name", "output_dir", "train"}) == full.model_dump(
+        exclude={"name", "output_dir", "train"}
+    )

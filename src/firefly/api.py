@@ -224,20 +224,35 @@ def data_peek(
     return samples
 
 
-def plan(recipe: RecipeLike, overrides: Sequence[str] = (), *, gpu: str | None = None) -> Plan:
+def plan(
+    recipe: RecipeLike,
+    overrides: Sequence[str] = (),
+    *,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    interconnect: str = "NDR",
+    gpus_per_node: int = 8,
+    samples_per_step: int | None = None,
+) -> Plan:
     """Say what training a recipe takes (memory, time, disk), whether it fits, and what to change if not.
 
     Nothing is loaded: config.json is enough. `gpu` is a name such as "H200" or a memory size such as "24GB"; without
-    it, this machine's device. Lengths are those of the recipe's tokens directory, or else the article's.
+    it, this machine's device. Lengths are those of the recipe's tokens directory, or else the article's. With `gpus`,
+    the plan is for so many of them, and `scaling` compares layouts and numbers of GPUs; `interconnect` between nodes is
+    a name such as "NDR" or "100GbE", or GB/s a GPU in one direction. `samples_per_step` are then shared by all;
+    without, each rank has the recipe's batch.
     """
     from firefly.model.hub import resolve
     from firefly.train.gpus import find_gpu, this_device, with_measured_rates
     from firefly.train.plan import estimate_from, make_plan, planned_config
+    from firefly.train.scaling import Cluster
 
     made = _recipe(recipe, overrides)
     device = find_gpu(gpu) if gpu else with_measured_rates(this_device())
     config = planned_config(made, resolve(made.model.base, ["config.json"]))
-    return make_plan(made, config, estimate_from(made.out / "tokens"), device)
+    cluster = Cluster.of(device, gpus_per_node, interconnect) if gpus else None
+    estimate = estimate_from(made.out / "tokens")
+    return make_plan(made, config, estimate, device, cluster, gpus or 1, samples_per_step)
 
 
 def train(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:

@@ -407,6 +407,7 @@ def peek(
     epilog=_examples(
         "firefly plan recipes/firefly-1b4.toml --gpu 24GB",
         "firefly plan recipes/firefly-2b6.toml --gpu H200 train.per_device_train_batch_size=32",
+        "firefly plan recipes/firefly-2b6.toml --gpu H100 --gpus 64 --interconnect NDR parallel.zero=3",
     )
 )
 @_keeps_what_is_done
@@ -419,6 +420,23 @@ def plan(
             help="A GPU's name, such as H200 or 4090, or its memory, such as 24GB; this machine's otherwise."
         ),
     ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many of them, and compare layouts and numbers.")
+    ] = None,
+    interconnect: Annotated[
+        str,
+        typer.Option(
+            help="The network between nodes: NDR, HDR … (InfiniBand, an adapter a GPU), 100GbE … (one a node), or GB/s "
+            "a GPU in one direction."
+        ),
+    ] = "NDR",
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs in one node.")] = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Samples a step that all GPUs share; otherwise each has the recipe's batch."
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -426,7 +444,16 @@ def plan(
     from firefly.app.planned import describe
 
     console.quiet(quiet)
-    _show(api.plan(recipe, overrides or [], gpu=gpu), as_json, describe)
+    result = api.plan(
+        recipe,
+        overrides or [],
+        gpu=gpu,
+        gpus=gpus,
+        interconnect=interconnect,
+        gpus_per_node=gpus_per_node,
+        samples_per_step=batch,
+    )
+    _show(result, as_json, describe)
 
 
 @app.command(

@@ -193,7 +193,7 @@ class TrainSection(Section):
     method: Method = Field(
         default="full",
         description="full: every parameter learns; lora, dora: adapters on a frozen base; qlora: the same on a base in "
-        "4 bits (NF4, CUDA only)",
+        "4 bits (NF4)",
     )
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = Field(default=16, description="samples a step")
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(

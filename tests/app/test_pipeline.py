@@ -73,6 +73,12 @@ def test_what_is_done_is_skipped_and_what_changed_is_redone(make: Make) -> None:
     assert skipped(api.data(make())) == []
 
 
+def test_a_changed_task_file_redoes_the_dataset(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert skipped(api.data(make())) == []
+    monkeypatch.setattr("firefly.app.pipeline.task_files_mark", lambda _: ["another template"])
+    assert "dataset" not in skipped(api.data(make()))
+
+
 def test_evaluate_takes_the_output_directory(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

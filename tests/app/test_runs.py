@@ -87,6 +87,7 @@ def test_a_held_run_is_running_and_asking_changes_nothing(three: list[Path], tmp
         pass
 
 
+@pytest.mark.pictures
 def test_named_runs_are_compared_in_their_order(three: list[Path], tmp_path: Path) -> None:
     result = api.runs(three[1], three[0], three[2], png=tmp_path / "curves.png")
     assert [one.name for one in result.runs] == ["second", "first", "third"]

@@ -63,6 +63,7 @@ def rejects_of(folder: Path) -> list[dict[str, Any]]:
     return [record for _, record in read_json_lines(folder / "rejects.jsonl.zst")]
 
 
+@pytest.mark.pictures
 def test_every_record_is_trained_on_held_out_or_rejected_with_its_reason(tmp_path: Path) -> None:
     records = [
         *idioms(50),
@@ -411,6 +412,25 @@ def test_records_with_other_field_names_and_folders_and_patterns(tmp_path: Path)
         assert result.train == 15
 
 
+def test_a_renamed_field_that_no_record_has_is_an_error(tmp_path: Path) -> None:
+    """Even where the other fields would do: half of the directions would be lost in silence."""
+    path = write(tmp_path / "i.jsonl", [{"word": "词", "释义": "意思", "explanation": "旧"}] * 3)
+    for fields, message in (
+        (
+            {"explanation": "释意"},
+            r"sources\[0\]\.fields\.explanation = '释意': no record .*; did you mean '释义'",
+        ),
+        (
+            {"explanatoin": "释义"},
+            r"sources\[0\]: fields\.explanatoin: .* no such field; did you mean 'explanation'",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            build(tmp_path / "out", {"path": str(path), "task": "Dictionary", "fields": fields})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.pictures
 def test_length_summary_and_chart(tmp_path: Path) -> None:
     assert length_summary([]) == {"count": 0}
     summary = length_summary(range(1, 102))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from firefly.data.tasks import TASKS_DIR, load_tasks, task
+from firefly.data.tasks import TASKS_DIR, load_tasks, task, task_files_mark
 from firefly.errors import InputError
 
 GOOD = """
@@ -220,3 +220,18 @@ build_dataset(DataSection.model_validate(table), Path("made"))
     assert "千条线，万条线，落到水里都不见" in example["input"]
     card = json.loads((tmp_path / "made" / "card.json").read_text("utf-8"))
     assert card["sources"][0]["licence"] == "our own riddles: Apache-2.0"
+
+
+def test_another_template_makes_another_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark by which a dataset is redone: what its own tasks say, and no file that it does not use."""
+    folder = tmp_path / "tasks"
+    shutil.copytree(TASKS_DIR, folder)
+    monkeypatch.setattr("firefly.data.tasks.TASKS_DIR", folder)
+    first = task_files_mark(["Dictionary", "Couplet"])
+    assert task_files_mark(["Couplet", "Dictionary", "Couplet"]) == first
+    other = folder / "nli.toml"
+    other.write_text(other.read_text("utf-8") + "\n# a note\n", "utf-8")
+    assert task_files_mark(["Dictionary", "Couplet"]) == first
+    mine = folder / "dictionary.toml"
+    mine.write_text(mine.read_text("utf-8").replace("什么", "啥", 1), "utf-8")
+    assert task_files_mark(["Dictionary", "Couplet"]) != first

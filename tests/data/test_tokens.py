@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from firefly.data import tokens as tokens_module
 from firefly.data.chatformat import open_format, render
 from firefly.data.dataset import build_dataset, read_dataset
-from firefly.data.encoder import FastEncoder
+from firefly.data.encoder import KitokenEncoder
 from firefly.data.example import Example, Message
 from firefly.data.loader import TrainingStream, in_order, pack
 from firefly.data.tokenizer import ModelTokenizer
@@ -251,17 +252,17 @@ def test_a_difference_of_the_faster_encoder_is_found_and_undone(
 ) -> None:
     """Its blocks are done again from the last audited one on: not a byte of its work stays."""
     encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "right")
-    honest, calls = FastEncoder.encode_many, []
+    honest, calls = KitokenEncoder.encode_many, []
 
-    def wrong_in_the_second_block(self: FastEncoder, texts: list[str]) -> list[list[int]]:
+    def wrong_in_the_second_block(self: KitokenEncoder, texts: list[str]) -> list[bytes]:
         calls.append(len(texts))
         ids = honest(self, texts)
         if len(calls) > 1:
-            ids[3] = [5, *ids[3]]
+            ids[3] = (5).to_bytes(4, sys.byteorder) + ids[3]
         return ids
 
-    monkeypatch.setattr(tokens_module, "_proved", lambda *_: True)
-    monkeypatch.setattr(FastEncoder, "encode_many", wrong_in_the_second_block)
+    monkeypatch.setattr(tokens_module, "_proved", lambda *_: "kitoken")
+    monkeypatch.setattr(KitokenEncoder, "encode_many", wrong_in_the_second_block)
     warned: list[str] = []
     monkeypatch.setattr(tokens_module, "warn", warned.append)
     tokens_module._tools.cache_clear()
@@ -271,13 +272,15 @@ def test_a_difference_of_the_faster_encoder_is_found_and_undone(
     assert digests(tmp_path / "audited") == digests(tmp_path / "right")
 
 
-def test_the_faster_encoder_gives_the_same_bytes(
+def test_the_faster_encoders_give_the_same_bytes(
     dataset: Path, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "fast")
-    monkeypatch.setattr(tokens_module, "_proved", lambda *_: False)
-    encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "standard")
-    assert digests(tmp_path / "fast") == digests(tmp_path / "standard")
+    made = []
+    for encoder in ("kitoken", "pieces", None):
+        monkeypatch.setattr(tokens_module, "_proved", lambda *_, encoder=encoder: encoder)
+        encode_dataset(dataset, tiny("bloom"), section(), tmp_path / f"by {encoder}")
+        made.append(digests(tmp_path / f"by {encoder}"))
+    assert made[0] == made[1] == made[2]
 
 
 def test_a_damaged_line_is_named(dataset: Path, tiny: Callable[[str], Path], tmp_path: Path) -> None:

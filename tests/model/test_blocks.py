@@ -22,13 +22,13 @@ def inputs(num_tokens: int, heads: int, groups: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("groups", [6, 2])
-@pytest.mark.parametrize("alibi", [False, True])
-def test_by_block_equals_by_document(groups: int, alibi: bool) -> None:
+@pytest.mark.parametrize(("alibi", "window"), [(False, None), (True, None), (False, 20), (False, 500)])
+def test_by_block_equals_by_document(groups: int, alibi: bool, window: int | None) -> None:
     borders = [0, 5, 6, 70, 71, 130]
     slopes = alibi_slopes(6) if alibi else None
     tensors = inputs(130, 6, groups)
-    expected = ByDocument(borders, slopes)(*tensors, 0.3)
-    got = ByBlock(borders, CPU, slopes, block=16)(*tensors, 0.3)
+    expected = ByDocument(borders, slopes)(*tensors, 0.3, window)
+    got = ByBlock(borders, CPU, slopes, block=16)(*tensors, 0.3, window)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
@@ -43,12 +43,18 @@ def test_by_block_sees_no_neighbour() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.sampled_from([4, 16]))
-def test_blocks_are_those_of_the_full_mask(lengths: list[int], block: int) -> None:
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    st.sampled_from([4, 16]),
+    st.none() | st.integers(1, 45),
+)
+def test_blocks_are_those_of_the_full_mask(lengths: list[int], block: int, window: int | None) -> None:
     borders = np.concatenate([[0], np.cumsum(lengths)])
     document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
     place = np.arange(len(document))
     mask = (document[:, None] == document) & (place[:, None] >= place)
+    if window is not None:
+        mask &= place[:, None] - place < window
     edges = [*range(0, len(document), block), len(document)]
     some, every = (
         {
@@ -59,12 +65,20 @@ def test_blocks_are_those_of_the_full_mask(lengths: list[int], block: int) -> No
         }
         for reduce in (np.any, np.all)
     )
-    parts, partial_indices, fulls, full_indices = (a[0, 0] for a in causal_blocks(document, borders, block))
+    parts, partial_indices, fulls, full_indices = (
+        a[0, 0] for a in causal_blocks(document, borders, block, window)
+    )
 
     def listed(counts: np.ndarray, indices: np.ndarray) -> set[tuple[int, int]]:
         return {(row, int(column)) for row, n in enumerate(counts) for column in indices[row][:n]}
 
     partial, full = listed(parts, partial_indices), listed(fulls, full_indices)
     # A diagonal block of one token is seen fully, and it does no harm to look at its mask.
-    assert partial | full == some and not partial & full
+    # Neither does a block that only its corner beyond another document would have put inside the window.
+    assert partial | full >= some and not partial & full
+    assert window is not None or partial | full == some
     assert full == {(row, column) for row, column in every if row != column}
+    if window is not None:  # and of blocks outside the window none is looked at
+        edge = place[::block]
+        reach = edge[:, None] - np.minimum(edge + block, len(place)) + 1
+        assert all(reach[row, column] < window for row, column in partial | full)

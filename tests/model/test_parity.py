@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from firefly.data.loader import Batch, pack
-from firefly.model.families import CausalModel
+from firefly.errors import ModelError
+from firefly.model.families import CausalModel, build
 from firefly.model.load import load_model, save_model, state_to_save, transformers_model
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss, token_losses
+from tiny import SHAPES
 
-FAMILIES = ["bloom", "qwen3", "llama", "mistral", "qwen2"]
+FAMILIES = ["bloom", "qwen3", "llama", "mistral", "qwen2", "gemma", "gemma3_text"]
+"""Mistral's and Gemma 3's windows here are shorter than the samples."""
 CPU = torch.device("cpu")
 
 
@@ -97,6 +101,21 @@ def test_plain_transformers_does_leak(tiny: Callable[[str], Path]) -> None:
             for head in (first, other)
         ]
     assert not torch.allclose(*rows, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"final_logit_softcapping": 30.0},
+        {"attn_logit_softcapping": 50.0},
+        {"use_bidirectional_attention": True},
+    ],
+)
+def test_what_would_be_computed_differently_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="which is not supported"):
+        build({"model_type": "gemma3_text", **SHAPES["gemma3_text"], **setting})
+    with pytest.raises(ModelError, match="'gemma2' is not supported"):
+        build({"model_type": "gemma2"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,6 +19,7 @@ from firefly.prune.tokenizer import load
 from firefly.prune.vocabulary import choose
 
 Content = dict[str, Any]
+pytestmark = pytest.mark.pictures
 
 
 @pytest.mark.parametrize("coverage", [0.5, 0.9, 0.99, 1.0])

@@ -217,6 +217,7 @@ def test_pretrain_learns_every_token(recipe: Callable[..., Recipe]) -> None:
         assert row["target_tokens"] == row["tokens"] - 4  # all but the first of each of the 4 samples
 
 
+@pytest.mark.pictures
 def test_run_directory_tells_the_story(recipe: Callable[..., Recipe]) -> None:
     made = recipe(eval_steps=4)
     result = api.train(made).stages["train"].result

@@ -26,12 +26,13 @@ from firefly.train.gpus import Device, find_gpu
 from firefly.train.loop import train
 from firefly.train.memory import BatchShape, at_depth, predict_memory
 from firefly.train.optim import make_optimizer
-from firefly.train.parallel import Ranks
 from firefly.train.plan import estimate_from, make_plan
 from tiny import recipe_table, save_tokenizer, write_pairs
 
 
-def make_tokens(folder: Path, model: Path, num_samples: int = 48, longest: int = 160) -> Path:
+def make_tokens(
+    folder: Path, model: Path, num_samples: int = 48, longest: int = 160, pairs: bool = False
+) -> Path:
     """Random samples of the article's lengths, 45 % prompt."""
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(np.log(110), 0.7, num_samples).astype(int), 16, longest)
@@ -52,6 +53,7 @@ def make_tokens(folder: Path, model: Path, num_samples: int = 48, longest: int =
         "kinds": ["Random"],
         "dtype": "uint16",
         "max_seq_length": longest,
+        "pairs": pairs,
         "tokenizer_sha256": ModelTokenizer.load(model).sha256,
         "sha256": {
             p.relative_to(folder).as_posix(): sha256_file(p) for p in folder.rglob("*") if p.is_file()
@@ -96,6 +98,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
             model = save_in_bf16(folder / "model", family)
+            make_tokens(folder / "pairs", model, pairs=True)
             made[family] = model, make_tokens(folder / "tokens", model)
         return made[family]
 
@@ -136,6 +139,12 @@ CONFIGURATIONS = [
     ("llama", {"per_device_train_batch_size": 1}),
     ("llama", {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3}),
     ("bloom", {"per_device_train_batch_size": 8, "precision": "bf16"}),
+    ("bloom", {"per_device_train_batch_size": 8, "weights": "bf16_kahan", "optimizer": "adamw_8bit"}),
+    ("bloom", {"per_device_train_batch_size": 8, "method": "lora"}),
+    ("qwen3", {"per_device_train_batch_size": 8, "method": "lora", "precision": "bf16"}),
+    ("qwen3", {"per_device_train_batch_size": 4, "method": "dora", "gradient_checkpointing": True}),
+    ("bloom", {"per_device_train_batch_size": 4, "objective": "dpo"}),
+    ("qwen3", {"per_device_train_batch_size": 4, "objective": "dpo", "method": "lora"}),
 ]
 
 
@@ -148,6 +157,8 @@ def test_predicted_peak_is_what_the_allocator_counts(
     small: Callable[[str], tuple[Path, Path]], tmp_path: Path, family: str, options: dict[str, Any]
 ) -> None:
     model, tokens = small(family)
+    if options.get("objective") == "dpo":
+        tokens = tokens.with_name("pairs")
     recipe = recipe_of(tmp_path, model, **options)
     measured = allocated_peak(lambda: train(recipe, model, tokens, tmp_path / "run", tmp_path / "out"))
     device = Device("here", "cpu", 1 << 40)
@@ -235,9 +246,7 @@ def test_the_probe_restores_random_state_and_gradients(
     monkeypatch.setattr(objectives, "batch_loss", random)
     before = torch.get_rng_state()
     stream = TrainingStream(Tokens.open(made.out / "tokens", "train"), 4, made.train.seed)
-    plan.try_largest_batch(
-        model, optimizer, objectives.NextToken(False, Ranks(torch.device("cpu"))), stream, 8
-    )
+    plan.try_largest_batch(model, optimizer, objectives.NextToken(bf16=False), stream, 8)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters()) and not optimizer.state
 

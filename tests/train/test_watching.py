@@ -325,6 +325,7 @@ def test_every_number_of_a_row_has_a_name_of_its_own() -> None:
     assert "train/step" not in told and len(told) == 11
 
 
+@pytest.mark.pictures
 def test_pictures_draw_with_our_font_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plots.fonts()
     monkeypatch.setattr(plots, "fonts", lambda: (plots.FONT_NAME, "DejaVu Sans"))

@@ -26,6 +26,7 @@ from firefly.console import say
 from firefly.data.chatformat import open_format
 from firefly.data.dataset import build_dataset
 from firefly.data.readers import files_of
+from firefly.data.tasks import task_files_mark
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import encode_dataset
 from firefly.errors import CheckpointError, OutputError, RecipeError
@@ -183,6 +184,7 @@ class _Line:
         files = [_identity(path) for path in (*read, *exams)]
         choices = data.model_dump(exclude=_OF_TOKENS | _HARMLESS_DATA | {"pack_length"})
         place = self.out / "dataset"
+        tasks = task_files_mark([source.task for source in data.sources if source.task])
 
         def work() -> Any:
             open_format(
@@ -190,7 +192,7 @@ class _Line:
             )  # or the tokens stage would fail, hours later
             return build_dataset(data, place)
 
-        self._stage("dataset", place, [choices, files], work)
+        self._stage("dataset", place, [choices, files, tasks], work)
 
     def prune(self, base: Path) -> None:
         section = self.recipe.prune

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
 """The special tokens that a format needs beside the tokenizer's own bos and eos; NAME.jinja says the rest."""
 
 _PAD = "\n" * 5 + "\u2003"  # more line feeds than any template writes, and a space that none does
-Encode = Callable[[list[str]], list[list[int]]]
+Encode = Callable[[list[str]], list[bytes]]  # ids as `ModelTokenizer.encode_packed` gives them
+_ID_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ class _Rewritten(InputError):
 class _Fixed:
     """Token ids that are the same in every conversation of a layout."""
 
-    ids: list[int]
+    ids: bytes
     learn: bool
 
 
@@ -148,7 +149,7 @@ class _Run:
     """
 
     stretches: tuple[tuple[tuple[str | int, ...], bool], ...]
-    heads: tuple[list[int] | None, ...]
+    heads: tuple[bytes | None, ...]
     simple: tuple[str, int, str] | None = None
 
     def texts(self, contents: list[str]) -> list[str]:
@@ -200,9 +201,9 @@ class ChatFormat:
         turns = [Message("user", "问"), Message("assistant", "答")]
         layout = self._layout(turns)
         self._markers = tuple(self._marker_names(layout))
-        learned = [piece.ids for piece in layout.pieces if isinstance(piece, _Fixed) and piece.learn]
+        learned = b"".join(piece.ids for piece in layout.pieces if isinstance(piece, _Fixed) and piece.learn)
         specials = set(self._added.values())
-        end = next((number for number in reversed([*chain(*learned)]) if number in specials), None)
+        end = next((number for number in reversed(array("I", learned)) if number in specials), None)
         if end is None:
             raise ModelError(
                 f"{jinja.origin} writes no special token behind an answer, so a model trained on it could never "
@@ -261,8 +262,8 @@ class ChatFormat:
                         text += stretch
                         if head is None:
                             texts.append(text)
-        encoded = iter((encode or self.tokenizer.encode_many)(texts))
-        ids: list[list[int]] = []
+        encoded = iter((encode or self.tokenizer.encode_packed)(texts))
+        ids: list[bytes] = []
         counts: list[int] = []
         flags: list[bool] = []
         borders = [0]
@@ -271,13 +272,13 @@ class ChatFormat:
             for piece in layout.pieces:
                 if isinstance(piece, _Fixed):
                     ids.append(piece.ids)
-                    counts.append(len(piece.ids))
+                    counts.append(len(piece.ids) // _ID_BYTES)
                     flags.append(piece.learn)
-                    length += len(piece.ids)
+                    length += counts[-1]
                 else:
                     length += self._add_run(piece, contents, encoded, ids, counts, flags)
             borders.append(length)
-        flat = np.fromiter(chain.from_iterable(ids), np.uint32, length)
+        flat = np.frombuffer(b"".join(ids), np.uint32)
         mask = np.repeat(np.asarray(flags, np.uint8), counts)
         return RenderedBlock(flat, mask, np.asarray(borders, np.int64), np.asarray(answer_bytes, np.int64))
 
@@ -291,31 +292,31 @@ class ChatFormat:
         self,
         run: _Run,
         contents: list[str],
-        encoded: Iterator[list[int]],
-        ids: list[list[int]],
+        encoded: Iterator[bytes],
+        ids: list[bytes],
         counts: list[int],
         flags: list[bool],
     ) -> int:
         """Append one run's ids, and how many of them each stretch has; returns how many there are."""
         if len(run.heads) == 1 and not self._markers:
             ids.append(next(encoded))
-            counts.append(len(ids[-1]))
+            counts.append(len(ids[-1]) // _ID_BYTES)
             flags.append(run.stretches[0][1])
             return counts[-1]
-        before: list[int] = []
+        before = b""
         lengths = []
         nested = True
         for head in run.heads:
             here = head if head is not None else next(encoded)
-            nested = nested and here[: len(before)] == before
-            lengths.append(len(here) - len(before))
+            nested = nested and here.startswith(before)
+            lengths.append((len(here) - len(before)) // _ID_BYTES)
             before = here
         if not nested or (self._markers and self._has_marker(run, contents)):
             return self._add_apart(run, contents, ids, counts, flags)
         ids.append(before)
         counts += lengths
         flags += [learn for _, learn in run.stretches]
-        return len(before)
+        return len(before) // _ID_BYTES
 
     def _has_marker(self, run: _Run, contents: list[str]) -> bool:
         numbers = [part for parts, _ in run.stretches for part in parts if isinstance(part, int)]
@@ -325,7 +326,7 @@ class ChatFormat:
         self,
         run: _Run,
         contents: list[str],
-        ids: list[list[int]],
+        ids: list[bytes],
         counts: list[int],
         flags: list[bool],
     ) -> int:
@@ -334,11 +335,10 @@ class ChatFormat:
         length = 0
         for text, (_, learn) in zip(run.texts(contents), run.stretches, strict=True):
             halves = inside.split(text) if self._markers else [text]
-            found = list(chain.from_iterable(self.tokenizer.encode_many([half for half in halves if half])))
-            ids.append(found)
-            counts.append(len(found))
+            ids.append(b"".join(self.tokenizer.encode_packed([half for half in halves if half])))
+            counts.append(len(ids[-1]) // _ID_BYTES)
             flags.append(learn)
-            length += len(found)
+            length += counts[-1]
         return length
 
     def _contents(self, messages: Sequence[Message], layout: _Layout) -> list[str]:
@@ -369,7 +369,8 @@ class ChatFormat:
     def _find_layout(self, messages: Sequence[Message]) -> _Layout:
         """Render the template with placeholders and read from it what is fixed and what is learned."""
         if _is_plain(messages):
-            bos, eos = _Fixed([self.tokenizer.bos_id], False), _Fixed([self.tokenizer.eos_id], True)
+            bos = _Fixed(_packed(self.tokenizer.bos_id), False)
+            eos = _Fixed(_packed(self.tokenizer.eos_id), True)
             run = _Run((((0,), True),), (None,), ("", 0, ""))
             return _Layout((bos, run, eos), (), (run,), (0,), (0,), "")
         skeleton, beyond = self._skeleton(messages)
@@ -453,7 +454,7 @@ class ChatFormat:
                 if isinstance(fragment, str) and fragment.strip() and fragment in self._added:
                     yield from self._run(stretches)
                     stretches = []
-                    yield _Fixed([self._added[fragment]], learn)
+                    yield _Fixed(_packed(self._added[fragment]), learn)
                 elif fragment != "":
                     if not stretches or stretches[-1][1] != learn:
                         stretches.append(([], learn))
@@ -463,12 +464,12 @@ class ChatFormat:
     def _run(self, stretches: list[tuple[list[str | int], bool]]) -> Iterator[_Fixed | _Run]:
         if not stretches:
             return
-        heads: list[list[int] | None] = []
+        heads: list[bytes | None] = []
         fixed: list[str] | None = []
         for parts, _ in stretches:
             if fixed is not None and all(isinstance(part, str) for part in parts):
                 fixed += [part for part in parts if isinstance(part, str)]
-                heads.append(self.tokenizer.encode("".join(fixed)))
+                heads += self.tokenizer.encode_packed(["".join(fixed)])
             else:
                 fixed = None
                 heads.append(None)
@@ -514,6 +515,10 @@ def _merged(pieces: Iterable[_Fixed | _Run]) -> Iterator[_Fixed | _Run]:
             yield piece
     if last is not None:
         yield last
+
+
+def _packed(token: int) -> bytes:
+    return array("I", [token]).tobytes()
 
 
 def _dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:

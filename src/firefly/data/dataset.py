@@ -150,7 +150,12 @@ def _check(index: int, source: Source, skip_bad: bool) -> list[_File]:
                 name = "none"  # reading it will say why
             files.append(_File(index, path, name))
         if source.task and any(file.importer in NEED_TASK for file in files):
-            task(source.task)
+            known = task(source.task).fields
+            plain = all(file.importer == "records" for file in files)
+            for name in sorted(source.fields.keys() - set(known)) if plain else []:
+                raise InputError(
+                    f"fields.{name}: task {source.task} has no such field; {choices(name, known)}."
+                )
     except FireflyError as error:
         raise InputError(f"{place}: {error}") from error
     return files
@@ -160,6 +165,7 @@ def _read_sources(data: DataSection, files: list[_File], place: Path) -> _Read:
     """First pass: every record of every source becomes a candidate on disk."""
     read = _Read(Spool(place, PERMUTATIONS), files)
     total_bytes = sum(file.path.stat().st_size for file in files)
+    fields: dict[int, set[str]] = {index: set() for index in range(len(data.sources))}
     with console.progress("read", total_bytes / 2**20, "MiB") as shown:
         works = _works(data, read, shown)
         for prepared in ordered_map(prepare, works, engine=data.engine, num_workers=data.num_workers):
@@ -171,7 +177,15 @@ def _read_sources(data: DataSection, files: list[_File], place: Path) -> _Read:
                 numbers = np.array([names.number(one) for one in local], columns[name].dtype)
                 columns[name] = numbers[columns[name]] if len(numbers) else columns[name]
             read.spool.add(prepared.bodies, columns, prepared.signatures)
+            fields[prepared.source] |= prepared.names
     read.spool.close()
+    for index, source in enumerate(data.sources):
+        for name, there in source.fields.items():
+            if fields[index] and there not in fields[index]:
+                raise InputError(
+                    f"data.sources[{index}].fields.{name} = '{there}': no record of {source.path} has a field of that "
+                    f"name; {choices(there, sorted(fields[index]))}."
+                )
     return read
 
 

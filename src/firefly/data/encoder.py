@@ -1,18 +1,24 @@
-"""The faster encoder: kitoken in the place of `tokenizers`, only where it has proved to give the same tokens.
+"""The faster encoders, each used only where it proved to give the tokenizer's own ids.
 
-Long runs of Han make one pre-token each, where the standard byte-pair encoding is slow; kitoken is two to five times
-as fast on Chinese. Before a run it must give the standard's ids for a sample of the very input and for adversarial
-text (`disagreement`); during the run some blocks are encoded by both (see tokens.py). Two kinds of text never
-go to it, because implementations may read them in different ways: text with unusual characters (libraries carry
-different versions of Unicode, which decide about combining marks and letters), and text with a special token's name.
+    kitoken   another library's byte-pair encoding, two to five times as fast on Chinese
+    pieces    the tokenizer itself, asked once for each distinct piece of text (pieces.py), nearly twice as fast
+
+Before a run (`fastest`) an encoder must give the tokenizer's ids for a sample of the very input and for adversarial
+text; during the run some blocks are encoded by both (see tokens.py). Two kinds of text never go to kitoken, because
+implementations may read them in different ways: text with unusual characters (libraries carry different versions of
+Unicode, which decide about combining marks and letters), and text with a special token's name.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Protocol
 
+from firefly.data.pieces import PieceEncoder
 from firefly.data.tokenizer import ModelTokenizer
 
 # Characters that every version of Unicode since 6.0 agrees on and that never combine with their neighbours.
@@ -46,8 +52,15 @@ PROBES = (
 )
 
 
-class FastEncoder:
-    """Encodes ordinary text with kitoken and the rest with the standard tokenizer."""
+class Encoder(Protocol):
+    """Encodes many texts at once, each to what `ModelTokenizer.encode_packed` gives."""
+
+    def encode_many(self, texts: list[str]) -> list[bytes]:
+        """The ids of each text, nothing added; the names of special tokens stay text."""
+
+
+class KitokenEncoder:
+    """Encodes ordinary text with kitoken and the rest with the tokenizer itself."""
 
     def __init__(self, tokenizer: ModelTokenizer) -> None:
         """Raises `ValueError` when kitoken cannot read the tokenizer."""
@@ -62,39 +75,59 @@ class FastEncoder:
             raise ValueError(str(error)) from None
         names = tokenizer.special_names()
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self._openers = re.compile(
-            "[" + "".join({re.escape(name[0]) for name in names if name} or "\0") + "]"
-        )
+        self._openers = {name[0] for name in names if name}
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added; the names of special tokens stay text."""
+    def encode_many(self, texts: list[str]) -> list[bytes]:
+        """The ids of each text, nothing added; the names of special tokens stay text."""
         quick = [self._is_ordinary(text) for text in texts]
         if all(quick):
             return self._encode_quick(texts)
         ordinary = iter(self._encode_quick([text for text, fits in zip(texts, quick, strict=True) if fits]))
         rest = iter(
-            self.tokenizer.encode_many([text for text, fits in zip(texts, quick, strict=True) if not fits])
+            self.tokenizer.encode_packed([text for text, fits in zip(texts, quick, strict=True) if not fits])
         )
-        return [next(ordinary) if fits else next(rest) for fits in quick]
+        return [next(ordinary if fits else rest) for fits in quick]
 
-    def _encode_quick(self, texts: list[str]) -> list[list[int]]:
-        return self._quick.encode_all(texts, False)
+    def _encode_quick(self, texts: list[str]) -> list[bytes]:
+        return [array("I", ids).tobytes() for ids in self._quick.encode_all(texts, False)]
 
     def _is_ordinary(self, text: str) -> bool:
-        return _ORDINARY.fullmatch(text) is not None and not (
-            self._openers.search(text) and self._special.search(text)
-        )
+        if any(map(text.__contains__, self._openers)) and self._special.search(text):
+            return False
+        return _ORDINARY.fullmatch(text) is not None
 
 
-def disagreement(tokenizer: ModelTokenizer, texts: Sequence[str]) -> str | None:
-    """Why the faster encoder must not be used for texts like these, or None: it proved to be the same.
+ENCODERS: Mapping[str, Callable[[ModelTokenizer], Encoder]] = {
+    "kitoken": KitokenEncoder,
+    "pieces": PieceEncoder,
+}
+"""The faster encoders by name, the fastest first."""
 
-    Compared are `texts`, `PROBES`, and made-up mixtures of the characters of both.
+
+def fastest(tokenizer: ModelTokenizer, texts: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The first encoder that proves itself on texts like these, and why others did not."""
+    refused: dict[str, str] = {}
+    for name in ENCODERS:
+        reason = disagreement(name, tokenizer, texts)
+        if reason is None:
+            return name, refused
+        refused[name] = reason
+    return None, refused
+
+
+def disagreement(name: str, tokenizer: ModelTokenizer, texts: Sequence[str]) -> str | None:
+    """Why the encoder of that name must not be used for texts like these, or None: it proved to be the same.
+
+    Compared are `texts`, `PROBES`, made-up mixtures of the characters of both, tokens in random order, and every
+    order of four kinds of characters.
     """
     try:
-        fast = FastEncoder(tokenizer)
-        made = [*texts, *PROBES, *_mixtures(texts)]
-        for text, quick, slow in zip(made, fast.encode_many(made), tokenizer.encode_many(made), strict=True):
+        fast = ENCODERS[name](tokenizer)
+        made = [*texts, *PROBES, *_mixtures(texts), *_strings_of_tokens(tokenizer)]
+        made += map("".join, product("的aB1 \n，.'", repeat=4))
+        for text, quick, slow in zip(
+            made, fast.encode_many(made), tokenizer.encode_packed(made), strict=True
+        ):
             if quick != slow:
                 return f"it reads {text[:40]!r} differently"
     except ValueError as error:
@@ -113,3 +146,11 @@ def _mixtures(texts: Sequence[str], count: int = 1000) -> list[str]:
     return mixed + [
         "".join(rng.choices([*pieces, *pool[:40]], k=rng.randint(1, 9))) for _ in range(count // 2)
     ]
+
+
+def _strings_of_tokens(tokenizer: ModelTokenizer, count: int = 500) -> list[str]:
+    """Texts that put tokens side by side which no writer would."""
+    rng = random.Random(0)
+    numbers = sorted(tokenizer.rust.get_vocab(with_added_tokens=False).values())
+    found: list[str] = tokenizer.rust.decode_batch([rng.choices(numbers, k=12) for _ in range(count)])
+    return found

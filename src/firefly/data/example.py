@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 from firefly.errors import InputError
 
 Role = Literal["system", "user", "assistant"]
+_to_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` would make an encoder a record
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
@@ -87,7 +88,8 @@ class Example:
         else:
             record["messages"] = [{"role": m.role, "content": m.content} for m in self.messages[:-1]]
             record |= answers
-        return json.dumps(record | {"source": self.source}, ensure_ascii=False)
+        record["source"] = self.source
+        return _to_json(record)
 
     @classmethod
     def from_record(cls, record: dict[str, Any], path: Path, line: int, kind: str | None = None) -> Example:

@@ -56,6 +56,8 @@ class Prepared:
     signatures: NDArray[np.uint32] | None
     kinds: list[str]
     reasons: list[str]
+    source: int
+    names: frozenset[str]  # of fields that records had, where the source renames some
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,12 @@ def prepare(work: Work) -> Prepared:
         lines.append(json.dumps(one.body, ensure_ascii=False).encode("utf-8") + b"\n")
     sound = [signature(one.same) for one in candidates if not one.reason] if work.near else []
     signatures = np.stack(sound) if sound else None
-    return Prepared(b"".join(lines), columns, signatures, kinds.all, reasons.all)
+    names: set[str] = set()
+    if work.rename:
+        names.update(*(record for _, record in work.records if isinstance(record, dict)))
+    return Prepared(
+        b"".join(lines), columns, signatures, kinds.all, reasons.all, work.source, frozenset(names)
+    )
 
 
 def split_number(group: str) -> int:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import struct
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import field, fields
@@ -25,6 +26,7 @@ from pydantic.dataclasses import dataclass
 
 from firefly.data.example import Example
 from firefly.errors import InputError, choices
+from firefly.files import sha256_file
 
 TASKS_DIR = Path(__file__).parent / "tasks"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -83,6 +85,20 @@ class Task:
         """The directions that a record with these fields can be asked in."""
         return [direction for direction in self.directions if direction.needs.issubset(names)]
 
+    def _options(self, names: frozenset[str]) -> list[tuple[Direction, str, float]]:
+        """The templates that such a record can be asked with, each with its direction and weight."""
+        if names not in self._known_options:
+            self._known_options[names] = [
+                (direction, template, direction.weight / len(direction.templates))
+                for direction in self.eligible(names)
+                for template in direction.templates
+            ]
+        return self._known_options[names]
+
+    @cached_property
+    def _known_options(self) -> dict[frozenset[str], list[tuple[Direction, str, float]]]:
+        return {}
+
     def render(self, fields: Mapping[str, str], *, source: str, variant: int = 0, seed: int = 0) -> Example:
         """Ask a record: choose a direction by weight and a template, both by a hash of the record.
 
@@ -90,11 +106,7 @@ class Task:
         Raises `InputError` when the record lacks the fields of every direction, or has an unknown value.
         """
         present = {name: text for name, text in fields.items() if text.strip()}
-        options = [
-            (direction, template, direction.weight / len(direction.templates))
-            for direction in self.eligible(present)
-            for template in direction.templates
-        ]
+        options = self._options(frozenset(present))
         if not options:
             needed = " or ".join(
                 sorted({" + ".join(sorted(direction.needs)) for direction in self.directions})
@@ -106,20 +118,30 @@ class Task:
         # One exponential clock an option, ringing at its weight's rate: the order of ringing is a weighted shuffle.
         key = json.dumps([seed, self.kind, sorted(present.items())])
         noise = hashlib.shake_256(key.encode("ascii")).digest(8 * len(options))
+        numbers = struct.unpack(f">{len(options)}Q", noise)
         rings = [
-            -math.log((int.from_bytes(noise[8 * index : 8 * index + 8]) + 1) / 2**64) / weight
-            for index, (_, _, weight) in enumerate(options)
+            -math.log((number + 1) / 2**64) / weight
+            for number, (_, _, weight) in zip(numbers, options, strict=True)
         ]
         order = sorted(range(len(options)), key=rings.__getitem__)
         direction, template, _ = options[order[variant % len(order)]]
         texts = present | {
             name: _mapped(name, present[name], mapping, source) for name, mapping in direction.values.items()
         }
-        question, answer = (
-            _PLACEHOLDER.sub(lambda match: texts[match[1]], pattern)
-            for pattern in (template, direction.target)
-        )
+        question, answer = (_filled(pattern, texts) for pattern in (template, direction.target))
         return Example.of(self.kind, question, answer, source)
+
+
+@cache
+def _split(pattern: str) -> list[str]:
+    """Fixed text and names of fields in turn."""
+    return _PLACEHOLDER.split(pattern)
+
+
+def _filled(pattern: str, texts: Mapping[str, str]) -> str:
+    parts = _split(pattern).copy()
+    parts[1::2] = [texts[name] for name in parts[1::2]]
+    return "".join(parts)
 
 
 def _mapped(name: str, value: str, mapping: Mapping[str, str], source: str) -> str:
@@ -144,6 +166,14 @@ def load_tasks(folder: Path = TASKS_DIR) -> Mapping[str, Task]:
                 raise InputError(f"{path}: the template '{template}' is also in {places[template]}.")
             places[template] = path
     return {loaded.kind: loaded for loaded in tasks.values()}
+
+
+def task_files_mark(kinds: Collection[str]) -> list[Any]:
+    """What a dataset of these tasks takes from the task files: their contents, and the weights of the others."""
+    names = sorted({task(kind).kind.lower() for kind in kinds})
+    contents = [sha256_file(TASKS_DIR / f"{name}.toml") for name in names]
+    weights = {kind: known.weight for kind, known in load_tasks().items() if known.weight != 1}
+    return [contents, weights]
 
 
 def task(kind: str) -> Task:

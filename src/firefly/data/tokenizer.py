@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,11 @@ class ModelTokenizer:
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
         return [list(item.ids) for item in self.rust.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_packed(self, texts: list[str]) -> list[bytes]:
+        """`encode_many` with each text's ids as the bytes of native 32-bit numbers, which join and compare fast."""
+        found = self.rust.encode_batch_fast(texts, add_special_tokens=False)
+        return [array("I", item.ids).tobytes() for item in found]
 
     def encode_with_specials(self, text: str) -> list[int]:
         """Token ids of a rendered text, in which the names of special tokens mean the tokens."""

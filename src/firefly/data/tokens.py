@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from firefly.console import progress, say, warn
 from firefly.data.chatformat import ChatFormat, Encode, Rendered, RenderedBlock, open_format
 from firefly.data.dataset import FILES
-from firefly.data.encoder import FastEncoder, disagreement
+from firefly.data.encoder import ENCODERS, fastest
 from firefly.data.engine import ordered_map
 from firefly.data.example import Example
 from firefly.data.overlong import fit, fit_pair
@@ -255,8 +255,8 @@ class _Encoded:
     agreed: bool
 
 
-def _encode_split(job: _Job, writer: _SplitWriter, fast: bool, label: str) -> bool:
-    """Encode one file into `writer`; returns whether the faster encoder may go on."""
+def _encode_split(job: _Job, writer: _SplitWriter, fast: str | None, label: str) -> str | None:
+    """Encode one file into `writer`; returns the faster encoder that may go on."""
     workers = 1 if job.small else job.data.num_workers
     mark, done = writer.mark(), 0  # everything up to here is sure
     with progress(label, None, "examples") as bar:
@@ -280,15 +280,16 @@ def _encode_split(job: _Job, writer: _SplitWriter, fast: bool, label: str) -> bo
                 "is done again, and the standard one goes on"
             )
             writer.rewind(mark)
-            fast = False
+            fast = None
 
 
-def _proved(tokenizer: ModelTokenizer, path: Path) -> bool:
-    """Whether the faster encoder gives the standard one's tokens for a sample of the file and for hard texts."""
-    reason = disagreement(tokenizer, _sample(path))
-    if reason is not None:
-        say(f"encode: the standard encoder does the work; the faster one did not pass its proof: {reason}")
-    return reason is None
+def _proved(tokenizer: ModelTokenizer, path: Path) -> str | None:
+    """The encoder that gives the tokenizer's own ids for a sample of the file and for hard texts, if any does."""
+    name, refused = fastest(tokenizer, _sample(path))
+    if name is None:
+        why = "; ".join(f"{encoder}: {reason}" for encoder, reason in refused.items())
+        say(f"encode: the standard encoder does the work; the faster ones did not pass their proof ({why})")
+    return name
 
 
 def _sample(path: Path, places: int = 16, lines: int = 32) -> list[str]:
@@ -327,7 +328,7 @@ def _blocks(path: Path) -> Iterator[_Lines]:
         yield _Lines(first, waiting, True)
 
 
-def _encode_block(job: _Job, fast: bool, block: _Lines) -> _Encoded:
+def _encode_block(job: _Job, fast: str | None, block: _Lines) -> _Encoded:
     """Lines → examples → rendered, encoded, masked, cut; in a worker process."""
     if not job.small:  # every core has a worker already
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -345,10 +346,10 @@ def _encode_block(job: _Job, fast: bool, block: _Lines) -> _Encoded:
 
 
 @lru_cache(maxsize=2)
-def _tools(model: Path, _sha256: str, chat_format: str, fast: bool) -> tuple[ChatFormat, Encode | None]:
+def _tools(model: Path, _sha256: str, chat_format: str, fast: str | None) -> tuple[ChatFormat, Encode | None]:
     """What a worker loads once; the hash is there so that another tokenizer in the same place is another one."""
     tokenizer = ModelTokenizer.load(model)
-    return open_format(chat_format, tokenizer), FastEncoder(tokenizer).encode_many if fast else None
+    return open_format(chat_format, tokenizer), ENCODERS[fast](tokenizer).encode_many if fast else None
 
 
 def _example(line: str, number: int, path: Path) -> Example:

@@ -5,7 +5,7 @@
     qlora  lora over a base whose W is held in 4 bits (NF4)        Dettmers et al. 2023, "QLoRA"
 
 peft makes and merges the layers. Our modules have transformers' names, so what is saved here opens in plain peft on
-the plain transformers model, and the other way round. Needs the extra `lora`; qlora needs bitsandbytes and CUDA.
+the plain transformers model, and the other way round. Needs the extra `lora`, or `qlora` for bitsandbytes.
 """
 
 from __future__ import annotations
@@ -59,10 +59,8 @@ class MergeResult:
 
 
 def require_method(method: Method) -> None:
-    """Find out before any long work whether this machine can train with `method`.
-
-    Raises `RecipeError` when a package or a GPU is missing.
-    """
+    """Find out before any long work whether this machine can train with `method`; `RecipeError` names a missing
+    package."""
     if method != "full":
         _peft()
     if method == "qlora":
@@ -70,26 +68,26 @@ def require_method(method: Method) -> None:
 
 
 def load_for_training(
-    directory: Path, section: TrainSection, device: torch.device, bf16: bool = False
+    directory: Path, section: TrainSection, device: torch.device, bf16: bool = False, as_stored: bool = False
 ) -> CausalModel:
     """The model of a directory, ready to train: with adapters on a frozen base unless the method is full.
 
     The base's linear layers are held in NF4 by qlora, else in bf16 where the products run in it anyway (the same
-    numbers, in half the memory). Raises `RecipeError` for an unknown target module.
+    numbers, in half the memory). With `as_stored`, weights that train whole keep the dtype of their file, whose pages
+    all processes of a machine share. Raises `RecipeError` for an unknown target module.
     """
     if section.method == "qlora":
         # By way of main memory, so that the device never holds more than the 4-bit model and one layer.
         model = load_model(directory, "cpu", stored_dtype(directory))
-        _quantize(model, device)
-        transformers_model(model).to(device)
+        quantize(transformers_model(model), device, bf16)
     else:
-        model = load_model(
-            directory, device, torch.float32 if section.weights == "float32" else torch.bfloat16
-        )
+        dtype = torch.float32 if section.weights == "float32" else torch.bfloat16
+        keep = as_stored and section.method == "full"
+        model = load_model(directory, device, stored_dtype(directory) if keep else dtype)
     if section.method != "full":
         attach(model, section, directory)
         if bf16 and section.method != "qlora":
-            for layer in _linear_layers(transformers_model(model)).values():
+            for layer in linear_layers(transformers_model(model)).values():
                 if not layer.weight.requires_grad:
                     layer.weight.data = layer.weight.data.to(torch.bfloat16)
     return model
@@ -159,7 +157,7 @@ def load_adapter(model: CausalModel, directory: Path) -> None:
         state = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged ({error}); fetch the adapter again.") from error
-    linear = _linear_layers(inner)
+    linear = linear_layers(inner)
     for name in state:
         layer, _, part = name.partition(".lora_")
         if not part or layer not in linear:
@@ -286,7 +284,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _linear_layers(inner: nn.Module) -> dict[str, nn.Linear]:
+def linear_layers(inner: nn.Module) -> dict[str, nn.Linear]:
     """Linear layers by name, those inside adapters and the head left out."""
     return {
         name.removesuffix(".base_layer"): module
@@ -297,7 +295,7 @@ def _linear_layers(inner: nn.Module) -> dict[str, nn.Linear]:
 
 def _targets(inner: nn.Module, wanted: list[str]) -> list[str]:
     """The ends of the names of the layers that get adapters: those asked for, or all of them."""
-    names = list(_linear_layers(inner))
+    names = list(linear_layers(inner))
     leaves = sorted({name.rpartition(".")[2] for name in names})
     for target in wanted:
         if not any(f".{name}".endswith(f".{target}") for name in names):
@@ -307,23 +305,30 @@ def _targets(inner: nn.Module, wanted: list[str]) -> list[str]:
     return wanted or leaves
 
 
-def _quantize(model: CausalModel, device: torch.device) -> None:
-    """Move every linear layer below the head to `device` in NF4, in place."""
-    bitsandbytes, inner = _bitsandbytes(), transformers_model(model)
-    for name, layer in _linear_layers(inner).items():
+def quantize(inner: nn.Module, device: torch.device, bf16: bool) -> None:
+    """Move a network to `device`, in place: linear layers below the head in NF4 with their products in bf16 or
+    float32, other matrices in that dtype, norms and biases in float32."""
+    bitsandbytes, dtype = _bitsandbytes(), torch.bfloat16 if bf16 else torch.float32
+    for name, layer in linear_layers(inner).items():
         small = bitsandbytes.nn.Linear4bit(
             layer.in_features,
             layer.out_features,
             bias=layer.bias is not None,
-            compute_dtype=torch.bfloat16,
+            compute_dtype=dtype,
             quant_type="nf4",
             device="meta",
         )
+        # A validation on a CPU would repack the codes for inference, and the next step would get no gradients.
+        small.support_avx512bf16_for_cpu = False
         small.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
         if layer.bias is not None:
             small.bias = nn.Parameter(layer.bias.data, requires_grad=False)
         parent, _, leaf = name.rpartition(".")
         setattr(inner.get_submodule(parent), leaf, small.to(device))  # the move quantizes
+    for parameter in inner.parameters():
+        if parameter.is_floating_point():  # the 4-bit codes are bytes
+            parameter.data = parameter.data.to(device, dtype if parameter.ndim > 1 else torch.float32)
+    inner.to(device)  # buffers
 
 
 def _peft() -> Any:
@@ -335,11 +340,6 @@ def _peft() -> Any:
 
 
 def _bitsandbytes() -> Any:
-    if not torch.cuda.is_available():
-        raise RecipeError(
-            "train.method = 'qlora' holds the base in 4 bits, which needs an NVIDIA GPU and there is none here; "
-            "use 'lora' or 'dora'."
-        )
     try:
         import bitsandbytes
     except ImportError as error:

@@ -24,6 +24,11 @@ class HubModel(nn.Module):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         settings = dict(config)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+            if settings.get(name):
+                raise ModelError(
+                    f"This model's config.json sets {name} = {settings[name]}, which is not supported."
+                )
         made = AutoConfig.for_model(settings.pop("model_type"), **settings)
         made.use_cache = False
         self.inner = AutoModelForCausalLM.from_config(made, attn_implementation=register_with_transformers())
@@ -88,6 +93,8 @@ CausalModel = Bloom | HubModel
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], CausalModel]] = {
     "bloom": lambda config: Bloom(BloomShape.from_config(config)),
+    "gemma": HubModel,
+    "gemma3_text": HubModel,  # Gemma 2 caps its logits softly, which neither the loss nor the attention here does
     "llama": HubModel,
     "mistral": HubModel,
     "qwen2": HubModel,

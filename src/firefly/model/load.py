@@ -122,8 +122,15 @@ def _restore_buffers(model: CausalModel, config: dict[str, Any], device: torch.d
     """Buffers that are no weights (slopes, rotary frequencies) were made on the meta device: make them again."""
     if not any(buffer.is_meta for buffer in model.buffers()):
         return
-    small = dict(config) | {"vocab_size": 1, "pad_token_id": None, "n_layer": 1, "num_hidden_layers": 1}
-    small.pop("layer_types", None)
+    kinds = (
+        sorted(set(getattr(model.inner.config, "layer_types", None) or []))
+        if isinstance(model, HubModel)
+        else []
+    )
+    depth = max(1, len(kinds))  # Gemma 3 has frequencies for each kind of layer
+    small = dict(config) | {"vocab_size": 1, "pad_token_id": None, "n_layer": 1, "num_hidden_layers": depth}
+    if small.pop("layer_types", None) or kinds:
+        small["layer_types"] = kinds
     fresh = dict(build(small).named_buffers())
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
@@ -133,7 +140,12 @@ def _restore_buffers(model: CausalModel, config: dict[str, Any], device: torch.d
 
 def num_parameters(model: CausalModel) -> int:
     """Parameters of a model, a tied matrix counted once."""
-    return sum({id(p): p.numel() for p in model.parameters()}.values())
+    return sum({id(p): num_weights(p) for p in model.parameters()}.values())
+
+
+def num_weights(parameter: Tensor) -> int:
+    """Weights that a parameter holds: of 4 bits there are two in a byte."""
+    return parameter.numel() * (1 if parameter.is_floating_point() else 2)
 
 
 def state_to_save(model: CausalModel) -> dict[str, Tensor]:

@@ -73,10 +73,10 @@ def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
 class PackedAttention(Protocol):
     """Causal attention within each document of one batch; every layer of a model calls the same one."""
 
-    longest: int
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-        """Attend: query T H D, key and value T G D; returns T H D."""
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
+        """Attend: query T H D, key and value T G D; returns T H D. With a window, only to the nearest keys so many."""
 
 
 def packed_attention(
@@ -96,11 +96,19 @@ class ByDocument:
         self.lengths = [stop - start for start, stop in pairwise(borders)]
         self.longest = max(self.lengths)
         self.bias = None if slopes is None else alibi_bias(slopes, self.longest)  # H L L
+        self.bands: dict[int, Tensor] = {}  # by window: which keys each query sees, 1 L L
 
     @torch.compiler.disable  # type: ignore[untyped-decorator] # its shapes differ from document to document
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
         """Attend: query T H D, key and value T G D; returns T H D."""
         bias = None if self.bias is None else self.bias.to(query.dtype)
+        if window is not None and window < self.longest:
+            assert bias is None  # no family has both
+            if window not in self.bands:
+                self.bands[window] = _band(self.longest, window)
+            bias = self.bands[window]
         # `split`, for its backward pass joins the gradients; that of each slice would fill a whole tensor.
         queries, keys, values = (
             torch.split(tensor.transpose(0, 1)[None], self.lengths, 2) for tensor in (query, key, value)
@@ -131,38 +139,53 @@ class ByBlock:
     ) -> None:
         lengths = np.diff(borders)
         self.longest = int(lengths.max())
-        document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # T
-        document_of = on_device(document, device)
-
-        def may_see(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query >= key) & (document_of[query] == document_of[key])
+        self.borders, self.block = np.asarray(borders), block
+        self.document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # T
+        self.document_of = on_device(self.document, device)
+        self.masks: dict[int | None, BlockMask] = {}  # by window
 
         def alibi(score: Tensor, _batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             assert slopes is not None
             return score + slopes[head] * (key - query)
 
-        partial, partial_indices, full, full_indices = (
-            on_device(array, device) for array in causal_blocks(document, np.asarray(borders), block)
-        )
-        self.mask = BlockMask.from_kv_blocks(
-            partial,
-            partial_indices,
-            full,
-            full_indices,
-            BLOCK_SIZE=block,
-            mask_mod=may_see,
-            seq_lengths=(len(document), len(document)),
-        )
         self.score_mod = None if slopes is None else alibi
 
+    def mask(self, window: int | None) -> BlockMask:
+        """The mask of the layers with this window, made once a batch."""
+        if window is not None and window >= self.longest:
+            window = None
+        if window not in self.masks:
+            document_of = self.document_of
+
+            def may_see(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                seen = (query >= key) & (document_of[query] == document_of[key])
+                return seen if window is None else seen & (query - key < window)
+
+            partial, partial_indices, full, full_indices = (
+                on_device(array, document_of.device)
+                for array in causal_blocks(self.document, self.borders, self.block, window)
+            )
+            self.masks[window] = BlockMask.from_kv_blocks(
+                partial,
+                partial_indices,
+                full,
+                full_indices,
+                BLOCK_SIZE=self.block,
+                mask_mod=may_see,
+                seq_lengths=(len(self.document), len(self.document)),
+            )
+        return self.masks[window]
+
     @torch.compiler.disable  # type: ignore[untyped-decorator] # FlexAttention is compiled on its own, whether the layers are or not
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
         """Attend: query T H D, key and value T G D; returns T H D."""
         attend = _compiled_flex_attention() if query.is_cuda else flex_attention
         out = attend(
             *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)),  # 1 H T D, twice 1 G T D
             score_mod=self.score_mod,
-            block_mask=self.mask,
+            block_mask=self.mask(window),
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -175,13 +198,14 @@ def _compiled_flex_attention() -> Any:
 
 
 def causal_blocks(
-    document: NDArray[np.int32], borders: NDArray[np.int64], block: int
+    document: NDArray[np.int32], borders: NDArray[np.int64], block: int, window: int | None = None
 ) -> tuple[NDArray[np.int32], ...]:
     """Which key blocks each query block must look at: FlexAttention's (counts, indices) of partly and of fully
     visible blocks, [1, 1, R] and [1, 1, R, R] for R = ⌈T / block⌉.
 
     A query block sees from the first block of its first token's document up to itself. Blocks before the diagonal
-    are seen fully where the whole span, from the key block's first token to the query block's last, is one document.
+    are seen fully where the whole span, from the key block's first token to the query block's last, is one document,
+    no longer than a window.
     """
     first = np.arange(0, len(document), block)  # R
     last = np.minimum(first + block, len(document)) - 1
@@ -189,6 +213,9 @@ def causal_blocks(
     row, column = np.arange(len(first))[:, None], np.arange(len(first))[None, :]
     seen = (column >= earliest[:, None]) & (column <= row)
     full = seen & (column < row) & (document[first][None, :] == document[last][:, None])
+    if window is not None:
+        seen &= first[:, None] - last[None, :] < window
+        full &= last[:, None] - first[None, :] < window
 
     def ordered(chosen: NDArray[np.bool_]) -> list[NDArray[np.int32]]:
         counts = chosen.sum(1, dtype=np.int32)
@@ -204,6 +231,11 @@ def alibi_bias(slopes: Tensor, length: int) -> Tensor:
     distance = positions[None, :] - positions[:, None]  # L L, ≤ 0 where allowed
     ahead = torch.where(distance > 0, -torch.inf, 0.0)
     return slopes.float()[:, None, None] * distance + ahead
+
+
+def _band(length: int, window: int) -> Tensor:
+    """What each query sees, itself and the window − 1 tokens before: bool, 1 L L."""
+    return torch.ones(1, length, length, dtype=torch.bool).tril().triu(1 - window)
 
 
 def register_with_transformers() -> str:
@@ -232,14 +264,10 @@ def _transformers_attention(
     **_unused: Any,
 ) -> tuple[Tensor, None]:
     assert packed is not None
-    if sliding_window is not None and packed.longest > sliding_window:
-        raise ModelError(
-            f"A sample has {packed.longest} tokens and this model attends over a window of {sliding_window}; "
-            f"set data.max_seq_length to {sliding_window} or less."
-        )
     if dropout and module.training:
         raise ModelError(
             "Attention dropout is not supported; set attention_dropout to 0 in the model's config.json."
         )
-    out = packed(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scaling)
+    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))  # T H D, twice T G D
+    out = packed(query, key, value, scaling, sliding_window)
     return out[None], None  # 1 T H D

@@ -45,6 +45,7 @@ def split(model: CausalModel, mesh: DeviceMesh) -> None:
         # Norms of single heads: a rank sees its own heads alone, so their gradients are summed.
         "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),
     }
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for layer in model.layers:
         for name, how in model.tp_plan.items():
             for inner, style in _inside(layer.get_submodule(name), how):
@@ -52,6 +53,8 @@ def split(model: CausalModel, mesh: DeviceMesh) -> None:
     _split_vocabulary(model, mesh)
     if isinstance(model, Bloom):
         model.slopes = model.slopes.chunk(mesh.size())[mesh.get_local_rank()]
+    for name, parameter in model.named_parameters():  # SequenceParallel forgets what was frozen
+        parameter.requires_grad_(learns[name])
 
 
 def _inside(module: nn.Module, how: str) -> Iterator[tuple[nn.Module, str]]:

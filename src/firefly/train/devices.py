@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from firefly.model.families import CausalModel
+from firefly.model.load import num_weights
 from firefly.train.gpus import GPUS
 
 
@@ -41,7 +42,7 @@ def training_flops(model: CausalModel) -> tuple[int, int]:
 
 
 def _flops(weight: torch.Tensor) -> int:
-    return weight.numel() * (6 if weight.requires_grad else 4)
+    return num_weights(weight) * (6 if weight.requires_grad else 4)
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -1,14 +1,16 @@
-"""What a device can do at most: memory, bf16 and float32 arithmetic, bandwidth.
+"""What a device can do at most: memory, bf16 and float32 arithmetic, bandwidth, and links to other devices.
 
-GPU figures are the makers' data sheets (NVIDIA's, of the card named; dense, without sparsity, bf16 with float32
-sums; gigabytes are 10⁹ bytes as printed there, memory is 2³⁰). A CPU has no such sheet, so it is measured.
+GPU figures are NVIDIA's data sheets of the card named, SXM where there are two forms; for GeForce the tables of the
+architecture whitepapers "Ampere GA102", "Ada" and "RTX Blackwell". bf16 is dense (half of the figures with sparsity)
+with float32 sums. Sheets print both directions of a link together, here is one; rates are in 10⁹, memory in 2³⁰.
+A CPU has no such sheet, so it is measured.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,34 +30,48 @@ class Device:
     bf16_flops: float | None = None
     float32_flops: float | None = None
     bandwidth_bytes_per_s: float | None = None
+    peer_bytes_per_s: float = 16e9  # to another GPU of the node, one direction: NVLink, else PCIe
+    host_bytes_per_s: float = 32e9  # to main memory over PCIe, one direction
 
+
+_SHOWN = 0.985
+"""Share of the printed memory that programs are given; an H200 of 141 GB shows 139, an H100 of 80 shows 79."""
 
 _SHEETS = {
-    # name: GiB, bf16 TFLOP/s, float32 TFLOP/s, GB/s
-    "B200": (180, 2250, 75, 8000),
-    "H200": (141e9 / GIB, 989, 67, 4800),
-    "H100": (80, 989, 67, 3350),
-    "H100 PCIe": (80, 756, 51, 2000),
-    "H800": (80, 989, 67, 3350),
-    "H20": (96, 148, 44, 4000),
-    "A100-80GB": (80, 312, 19.5, 2039),
-    "A100-40GB": (40, 312, 19.5, 1555),
-    "A800": (80, 312, 19.5, 2039),
-    "A40": (48, 149.7, 37.4, 696),
-    "A30": (24, 165, 10.3, 933),
-    "A10": (24, 125, 31.2, 600),
-    "L40S": (48, 362, 91.6, 864),
-    "L40": (48, 181, 90.5, 864),
-    "L4": (24, 121, 30.3, 300),
-    "A6000": (48, 154.8, 38.7, 768),
-    "5090": (32, 209.5, 104.8, 1792),
-    "4090": (24, 165.2, 82.6, 1008),
-    "4080": (16, 97.5, 48.7, 717),
-    "3090": (24, 71, 35.6, 936),
+    # name: GB, bf16 TFLOP/s, float32 TFLOP/s, memory GB/s, NVLink GB/s (0: none), PCIe GB/s
+    "B200": (180, 2250, 75, 8000, 900, 64),
+    "H200": (141, 989, 67, 4800, 450, 64),
+    "H100": (80, 989, 67, 3350, 450, 64),
+    "H100 PCIe": (80, 756, 51, 2000, 300, 64),
+    "H800": (80, 989, 67, 3350, 200, 64),
+    "H20": (96, 148, 44, 4000, 450, 64),
+    "A100-80GB": (80, 312, 19.5, 2039, 300, 32),
+    "A100-40GB": (40, 312, 19.5, 1555, 300, 32),
+    "A800": (80, 312, 19.5, 2039, 200, 32),
+    "A40": (48, 149.7, 37.4, 696, 56.25, 32),
+    "A30": (24, 165, 10.3, 933, 100, 32),
+    "A10": (24, 125, 31.2, 600, 0, 32),
+    "L40S": (48, 362, 91.6, 864, 0, 32),
+    "L40": (48, 181, 90.5, 864, 0, 32),
+    "L4": (24, 121, 30.3, 300, 0, 32),
+    "A6000": (48, 154.8, 38.7, 768, 56.25, 32),
+    "5090": (32, 209.5, 104.8, 1792, 0, 64),
+    "4090": (24, 165.2, 82.6, 1008, 0, 32),
+    "4080": (16, 97.5, 48.7, 717, 0, 32),
+    "3090": (24, 71, 35.6, 936, 56.25, 32),
 }
 GPUS = {
-    name: Device(name, "cuda", int(memory * GIB), bf16 * 1e12, single * 1e12, bandwidth * 1e9)
-    for name, (memory, bf16, single, bandwidth) in _SHEETS.items()
+    name: Device(
+        name,
+        "cuda",
+        int(_SHOWN * memory * GIB),
+        bf16 * 1e12,
+        single * 1e12,
+        bandwidth * 1e9,
+        (nvlink or pcie / 2) * 1e9,  # without NVLink bytes go up to the host's bridge and down again
+        pcie * 1e9,
+    )
+    for name, (memory, bf16, single, bandwidth, nvlink, pcie) in _SHEETS.items()
 }
 
 
@@ -90,9 +106,7 @@ def this_device() -> Device:
         best = max(known, key=lambda gpu: len(gpu.name), default=None)
         if best is None:
             return Device(name, "cuda", free_bytes)
-        return Device(
-            name, "cuda", free_bytes, best.bf16_flops, best.float32_flops, best.bandwidth_bytes_per_s
-        )
+        return replace(best, name=name, memory_bytes=free_bytes)
     return Device("this machine's CPU", "cpu", free_memory_bytes())
 
 

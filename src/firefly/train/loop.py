@@ -47,9 +47,17 @@ from firefly.train.checkpoint import (
 from firefly.train.curves import Metrics, UnwrittenMetrics, note
 from firefly.train.devices import peak_flops, peak_memory_bytes, training_flops
 from firefly.train.objectives import Objective, make_objective, training_stream
-from firefly.train.offload import OffloadedParts, activations_away
+from firefly.train.offload import OffloadedParts, activations_away, with_offload
 from firefly.train.optim import learning_rate_at, make_optimizer
-from firefly.train.parallel import Parts, Ranks, before_micro_batch, distribute, process_group, take_places
+from firefly.train.parallel import (
+    Parts,
+    Ranks,
+    before_micro_batch,
+    distribute,
+    is_whole,
+    process_group,
+    take_places,
+)
 from firefly.train.plan import num_steps, require_room, try_largest_batch
 from firefly.train.reporters import open_reporters, require_reporters
 from firefly.train.team import ALONE, Team
@@ -101,6 +109,8 @@ def train(
     require_reporters(section.report_to)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = take_places(recipe, device)
+    if recipe.parallel.offload == "auto":
+        recipe = with_offload(recipe, read_config(model_dir), ranks)
     bf16_weights = section.weights != "float32"
     bf16 = (
         bf16_weights or section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
@@ -123,7 +133,10 @@ def train(
 
     if section.check and ranks.world_size == 1:
         require_room(recipe, read_config(model_dir), data, held_out, run)
-    model = load_for_training(model_dir, section, device, bf16)
+    shared = not is_whole(recipe.parallel, ranks)
+    model = load_for_training(
+        model_dir, section, torch.device("cpu") if shared else device, bf16, as_stored=shared
+    )
     if len(model.head) <= tokenizer.highest_id:
         raise ModelError(
             f"{model_dir} has {len(model.head)} embedding rows and its tokenizer the id {tokenizer.highest_id}; "
@@ -131,7 +144,10 @@ def train(
         )
     model.checkpoint_every = section.gradient_checkpointing
     compiled = section.compile and compile_layers(model, device)
-    distribute(model, recipe.parallel, ranks, bf16 and not bf16_weights)
+    if shared:
+        distribute(model, recipe.parallel, ranks, bf16 and not bf16_weights)
+        if section.method == "full":
+            model.to(torch.bfloat16 if bf16_weights else torch.float32)
     every = transformers_model(model).named_parameters()  # a tied matrix once
     names = {name: parameter for name, parameter in every if parameter.requires_grad}
     num_learning = sum(parameter.numel() for parameter in names.values())

@@ -15,18 +15,24 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from firefly.model.families import build
+from firefly.data.loader import Batch
+from firefly.model.adapters import attach, linear_layers
+from firefly.model.families import CausalModel, build, transformers_model
 from firefly.model.loss import CHUNK_BYTES
 from firefly.model.packed import PackedInput
-from firefly.model.score import batch_loss, token_losses
+from firefly.model.score import token_losses
 from firefly.recipe import TrainSection
+from firefly.train.objectives import NextToken, Preference
 from firefly.train.optim import make_optimizer
 
 _FRAMEWORK_BYTES = {"cpu": 450 << 20, "cuda": 700 << 20}
@@ -82,6 +88,18 @@ def predict_memory(
     device_kind: str,
 ) -> Memory:
     """The peak over training steps of `batch`, the largest one, and over validation batches of `held_out`."""
+    return memory_at_peak(walk_phases(config, train, batch, held_out, bf16, device_kind), device_kind)
+
+
+def walk_phases(
+    config: dict[str, Any],
+    train: TrainSection,
+    batch: BatchShape,
+    held_out: BatchShape | None,
+    bf16: bool,
+    device_kind: str,
+) -> list[Counter[str]]:
+    """Bytes in tensors by what they are for, at the peak of every phase of a step."""
     num_layers = depth_of(config)
     every = max(1, train.gradient_checkpointing)
     depths = (_DEPTHS[0] * every, _DEPTHS[1] * every)
@@ -93,11 +111,16 @@ def predict_memory(
     if device_kind == "cuda":
         for phase in phases:
             phase["logits"] = int(phase["logits"] * _more_rows(config["vocab_size"], batch.targets))
+    return phases
+
+
+def memory_at_peak(phases: list[Counter[str]], device_kind: str, collectives_bytes: int = 0) -> Memory:
+    """The memory of the phase with most bytes, with what the allocator and the libraries hold beside them."""
     peak = max(phases, key=Counter.total)
     return Memory(
         **{name: peak[name] for name in ("weights", "gradients", "optimizer", "activations", "logits")},
         cache=int(_CACHE_SHARE[device_kind] * peak.total()),
-        framework=_FRAMEWORK_BYTES[device_kind],
+        framework=_FRAMEWORK_BYTES[device_kind] + collectives_bytes,
     )
 
 
@@ -200,16 +223,14 @@ def _walk(
 
     ledger = _Ledger(config["vocab_size"])
     with FakeTensorMode(), ledger:
-        # Weights are trained in the dtype that the recipe says, whatever config.json says that they are stored in.
-        model = build({name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")})
-        if train.weights != "float32":
-            model.to(torch.bfloat16)
+        model = _model(config, train, bf16)
         model.checkpoint_every = train.gradient_checkpointing
         model.train()
-        parameters = list(model.parameters())
+        for tensor in (*model.parameters(), *model.buffers()):
+            ledger.relabel(tensor, "weights")
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameters, train)
         for parameter in parameters:
-            ledger.relabel(parameter, "weights")
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # makes the moments
         optimizer.zero_grad(set_to_none=True)
@@ -230,19 +251,25 @@ def _walk(
         ledger.begin_phase()
         ledger.phases.clear()  # making the model is no part of a run
 
+        made_of = _batch(batch, train)
+        nothing = torch.zeros(len(made_of.sample_ids))
+        objective = (
+            Preference(train.dpo_beta, nothing, nothing, bf16)
+            if train.objective == "dpo"
+            else NextToken(bf16)
+        )
         for _ in range(min(2, train.gradient_accumulation_steps)):
-            shape = _input(batch)
-            loss, _each = batch_loss(model, shape, bf16)
+            loss = objective.loss(model, made_of, torch.device("cpu"))
             ledger.begin_phase()
-            torch.autograd.backward(loss)
-            del loss, _each, shape
+            torch.autograd.backward(loss.total)
+            del loss
             ledger.begin_phase()
         torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ledger.begin_phase()
         if held_out is not None:
-            token_losses(model, _input(held_out), bf16)
+            token_losses(model, PackedInput.of(_batch(held_out, train), torch.device("cpu")), bf16)
         ledger.begin_phase()
     return ledger.phases
 
@@ -265,10 +292,79 @@ def _halves(ledger: _Ledger, num_parameters: int) -> Callable[[Tensor], None]:
     return hook
 
 
-def _input(shape: BatchShape) -> PackedInput:
-    """A batch of that shape, all its samples as long as the longest: attention is the only part that could tell."""
+def _batch(shape: BatchShape, train: TrainSection) -> Batch:
+    """A batch of that shape, its samples about as long as the longest: attention is the only part that could tell."""
     num_samples = math.ceil(shape.tokens / shape.longest)
-    borders = [min(number * shape.longest, shape.tokens) for number in range(num_samples + 1)]
-    ids = torch.zeros(shape.tokens, dtype=torch.int64)
-    places = torch.zeros(shape.targets, dtype=torch.int64)
-    return PackedInput(ids, torch.zeros_like(ids), borders, places, torch.zeros_like(places))
+    if train.objective == "dpo":
+        num_samples += num_samples % 2
+    borders = np.minimum(np.arange(num_samples + 1) * shape.longest, shape.tokens)
+    if borders[-2] == shape.tokens:  # an odd sample out: split the last one
+        borders[-2] = (borders[-3] + shape.tokens) // 2
+    ids, places = np.zeros(shape.tokens, np.int64), np.zeros(shape.targets, np.int64)
+    return Batch(ids, ids, borders.tolist(), places, places, places, list(range(num_samples)))
+
+
+def on_meta(config: dict[str, Any], train: TrainSection, bf16: bool) -> CausalModel:
+    """The model as training holds it, in the dtypes of the recipe and not that of config.json, without numbers."""
+    plain = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    with torch.device("meta"):
+        model = build(plain)
+        inner = transformers_model(model)
+        if train.weights != "float32":
+            model.to(torch.bfloat16)
+        if train.method == "full":
+            return model
+        attach(model, train, Path())
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        for name, layer in linear_layers(inner).items():
+            if train.method == "qlora":
+                cast(Any, inner.get_submodule(name)).base_layer = _Nf4(layer, dtype)
+            elif not layer.weight.requires_grad:
+                layer.weight.data = layer.weight.data.to(dtype)
+        for parameter in inner.parameters():
+            if train.method == "qlora" and parameter.ndim > 1 and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _model(config: dict[str, Any], train: TrainSection, bf16: bool) -> CausalModel:
+    """The same on fake tensors. (peft moves modules about, which fake tensors do not bear, but meta ones do.)"""
+    with unset_fake_temporarily():
+        model = on_meta(config, train, bf16)
+    made: dict[int, Tensor] = {}  # a tied matrix once
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None and id(tensor) not in made:
+                    made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        made[id(tensor)] = nn.Parameter(made[id(tensor)], tensor.requires_grad)
+                if tensor is not None:
+                    cast(Any, own)[name] = made[id(tensor)]
+    return model
+
+
+class _Nf4(nn.Module):
+    """Takes the room of bitsandbytes' 4-bit linear layer: half a byte a weight, a float32 scale for 64 of them, and
+    while it works the weights in `dtype`."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.dtype, self.bias = layer.weight.shape, dtype, layer.bias
+        self.register_buffer("codes", torch.zeros(layer.weight.numel() * 9 // 16, dtype=torch.uint8))
+
+    def forward(self, states: Tensor) -> Tensor:
+        out: Tensor = _Dequantised.apply(states.to(self.dtype), self.shape)  # type: ignore[no-untyped-call]
+        out = out if self.bias is None else out + self.bias.to(self.dtype)
+        return out.to(states.dtype)
+
+
+class _Dequantised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, shape: torch.Size) -> Tensor:
+        ctx.shape = shape
+        return states @ states.new_empty(shape).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ grad.new_empty(ctx.shape), None

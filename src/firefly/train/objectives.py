@@ -33,7 +33,7 @@ from firefly.model.loss import linear_cross_entropy
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss, learned_states, loss_by_sample, sum_by_kind
 from firefly.recipe import Recipe, TrainSection
-from firefly.train.parallel import Ranks
+from firefly.train.parallel import ALONE, Ranks
 
 Scores = dict[str, dict[str, float]]
 
@@ -66,7 +66,7 @@ class Objective(Protocol):
 class NextToken:
     """sft and pretrain: cross-entropy of the learned tokens, in nats."""
 
-    def __init__(self, bf16: bool, ranks: Ranks) -> None:
+    def __init__(self, bf16: bool, ranks: Ranks = ALONE) -> None:
         self.bf16, self.ranks = bf16, ranks
 
     def units(self, batch: Batch) -> NDArray[np.int64]:
@@ -95,7 +95,9 @@ class Preference:
     reference's log-probabilities of the samples of the two splits [N].
     """
 
-    def __init__(self, beta: float, reference: Tensor, held_out: Tensor, bf16: bool, ranks: Ranks) -> None:
+    def __init__(
+        self, beta: float, reference: Tensor, held_out: Tensor, bf16: bool, ranks: Ranks = ALONE
+    ) -> None:
         self.beta, self.reference, self.held_out, self.bf16 = beta, reference, held_out, bf16
         self.ranks = ranks
 
@@ -173,7 +175,7 @@ def _log_probs(
     return -ranks.highest(found)[0].float().cpu()
 
 
-def training_stream(recipe: Recipe, tokens: Tokens, ranks: Ranks | None = None) -> TrainingStream:
+def training_stream(recipe: Recipe, tokens: Tokens, ranks: Ranks = ALONE) -> TrainingStream:
     """A rank's batches; raises `InputError` where the tokens have no pairs and dpo needs them."""
     train = recipe.train
     return TrainingStream(
@@ -182,8 +184,8 @@ def training_stream(recipe: Recipe, tokens: Tokens, ranks: Ranks | None = None) 
         train.seed,
         learn_everything=train.objective == "pretrain",
         pack_length=recipe.data.pack_length,
-        rank=ranks.dp_rank if ranks else 0,
-        world_size=ranks.dp if ranks else 1,
+        rank=ranks.dp_rank,
+        world_size=ranks.dp,
         pairs=train.objective == "dpo",
     )
 

@@ -41,6 +41,11 @@ def make_optimizer(
     )
 
 
+def state_bytes(eight_bit: bool, kahan: bool) -> float:
+    """Bytes of AdamW's states a parameter: two moments, their scales, and Kahan's compensation."""
+    return (2 + 2 * 4 / BLOCK if eight_bit else 8) + (2 if kahan else 0)
+
+
 class CompactAdamW(torch.optim.Optimizer):
     """AdamW over float32 or bf16 weights, with moments in float32 or in 8 bits.
 

@@ -129,6 +129,9 @@ class Ranks:
             yield turn[self.dp_rank % len(turn)]
 
 
+ALONE = Ranks(torch.device("cpu"))
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """While the block runs, the processes that torchrun started, if it did, can exchange tensors."""
@@ -198,23 +201,30 @@ def _refuse_unfit(recipe: Recipe, world_size: int) -> None:
         )
 
 
+def is_whole(section: ParallelSection, ranks: Ranks) -> bool:
+    """Whether every rank has the whole model on its device."""
+    return ranks.mesh is None or (ranks.tp == 1 and section.zero == 0 and section.offload != "all")
+
+
 def distribute(model: CausalModel, section: ParallelSection, ranks: Ranks, bf16: bool) -> None:
-    """Share a whole model among the ranks, in place; its parameters are DTensors then.
+    """Share a whole model in main memory among the ranks, in place; its parameters are DTensors then.
 
     With `bf16`, weights travel as bf16 and gradients are summed in float32. Frozen weights, which nobody updates, stay
     whole unless zero is 3.
     """
-    if ranks.mesh is None:
-        return
+    assert ranks.mesh is not None
     if ranks.tp > 1:
         require_divisible(model, ranks.tp)
         split(model, ranks.mesh["tp"])
     away = section.offload == "all"
     if not away and (ranks.dp == 1 or section.zero == 0):
-        return  # nothing is shared among the ranks with samples of their own
+        model.to(ranks.device)  # nothing is shared among the ranks with samples of their own
+        return
     by_layer = _stage(section) == 3
     one_replica = ranks.mesh["replicate"].size() == 1
     whole = set() if by_layer else {p for p in model.parameters() if not p.requires_grad}
+    for parameter in whole:
+        parameter.data = parameter.data.to(ranks.device)
     on_gpu = ranks.device.type == "cuda"
     policy = MixedPrecisionPolicy(
         torch.bfloat16 if bf16 else None, torch.float32 if bf16 else None, cast_forward_inputs=False

@@ -1,18 +1,18 @@
 """What a run will take: parameters, memory, hours, disk. And what to change when it does not fit.
 
-    make_plan(recipe, config, estimate, device)     # `firefly plan`; nothing is loaded
+    make_plan(recipe, config, estimate, device)     # `firefly plan`; nothing is loaded. With a cluster: on many GPUs
     require_room(recipe, config, data, …)           # `firefly train`, before the model is loaded
     try_largest_batch(model, optimizer, …)          # and after it, before the first step
 
-Time is a roofline: arithmetic at 6 FLOPs a parameter and token (8 where layers are recomputed; the output matrix only
-where something is learned), at half of the peak; then the optimizer's traffic, at 80 % of the bandwidth.
+Time is a roofline (`scaling.py`): arithmetic at 6 FLOPs a learned parameter and token (4 a frozen one, 2 more where
+layers are recomputed; the output matrix only where something is learned), then the optimizer's traffic.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,19 @@ from numpy.typing import NDArray
 
 from firefly.data.loader import TrainingStream
 from firefly.data.tokens import Tokens
-from firefly.errors import ModelError, TrainingError
+from firefly.errors import ModelError, RecipeError, TrainingError
 from firefly.files import free_disk_bytes
 from firefly.model.families import CausalModel, build, transformers_model
 from firefly.recipe import Recipe, TrainSection
 from firefly.train.checkpoint import find_checkpoints
-from firefly.train.gpus import Device, this_device
-from firefly.train.memory import BatchShape, Memory, depth_of, predict_memory
+from firefly.train.gpus import Device, free_memory_bytes, this_device
+from firefly.train.memory import BatchShape, Memory, depth_of
 from firefly.train.objectives import Objective, training_stream
+from firefly.train.optim import CompactAdamW, state_bytes
+from firefly.train.ranks import Load, choose_offload, rank_memory
+from firefly.train.scaling import Batch, Cluster, Scaling, rank_of, scale
+from firefly.train.traffic import Layout
 
-_USABLE_PEAK, _USABLE_BANDWIDTH = 0.5, 0.8
 _VALIDATION_TOKENS = 8192  # in one batch of `in_order`
 _ARTICLE = {"samples": 1_649_399, "median": 110.0, "sigma": 0.7, "shortest": 16, "target_share": 0.55}
 """firefly-train-1.1M with BELLE: lengths are about lognormal, and 45 % of the tokens are prompt."""
@@ -50,11 +53,6 @@ class Workload:
     largest: BatchShape
     held_out: BatchShape | None
 
-    @property
-    def tokens(self) -> float:
-        """Of the whole run."""
-        return self.steps * self.tokens_per_step
-
 
 @dataclass(frozen=True)
 class Advice:
@@ -72,6 +70,7 @@ class Plan:
 
     name: str
     base: str
+    method: str
     device: Device
     parameters: dict[str, int]  # by part, a tied matrix once; and in `total`
     workload: Workload
@@ -79,43 +78,114 @@ class Plan:
     memory_bytes: int
     fits: bool
     advice: list[Advice]
-    tokens_per_s: float | None
+    tokens_per_s: float | None  # of all ranks
+    steps: int
     hours: float | None
     checkpoint_bytes: int
     model_bytes: int
     disk_bytes: int  # all that the training will write
     disk_free_bytes: int
+    learned_parameters: int  # all, or those of the adapters
+    layout: Layout
+    host_bytes: int  # of each rank, in main memory
+    scaling: Scaling | None  # over many GPUs, where a cluster is named
 
 
 Estimate = Callable[[Recipe], Workload]
 """The workload of a recipe: advice tries several."""
 
 
-def make_plan(recipe: Recipe, config: dict[str, Any], estimate: Estimate, device: Device) -> Plan:
-    """Say what training the model of `config` takes on `device`. Raises `ModelError` for an unsupported family."""
+def make_plan(
+    recipe: Recipe,
+    config: dict[str, Any],
+    estimate: Estimate,
+    device: Device,
+    cluster: Cluster | None = None,
+    num_gpus: int = 1,
+    samples_per_step: int | None = None,
+) -> Plan:
+    """Say what training the model of `config` takes on `device`, or on `num_gpus` of a `cluster` of them.
+
+    Memory and time are those of one rank under the recipe's `parallel` section; tokens a second are all ranks'.
+    Raises `ModelError` for an unsupported family, `RecipeError` for a layout that the number of GPUs does not allow.
+    """
     workload = estimate(recipe)
-    parameters = count_parameters(config)
-    memory = _memory(config, recipe.train, workload, device)
+    load = load_of(recipe, config, workload, device)
+    layout = placed(load, Layout.of(recipe.parallel, num_gpus, load.num_heads), device)
+    whole = batch_of(recipe.train, workload)
+    batch = whole.shared(recipe.train.per_device_train_batch_size, samples_per_step, layout.dp)
+    if batch is None:
+        raise RecipeError(
+            f"{samples_per_step} samples a step are fewer than the {layout.dp} data-parallel ranks."
+        )
+    memory, host_bytes = rank_memory(load, layout, batch.accumulation)
+    speed = None
+    if device.bf16_flops is not None and device.bandwidth_bytes_per_s is not None:
+        speed = rank_of(load, layout, batch, cluster or Cluster(device)).tokens_per_s
     fits = memory.total <= device.memory_bytes
-    speed = _tokens_per_s(parameters, recipe.train, workload, device)
-    checkpoint, model, disk = _disk(config, parameters["total"], recipe, workload.steps)
+    larger = samples_per_step / _samples(recipe.train) if samples_per_step else layout.dp
+    steps = recipe.train.max_steps or max(1, math.ceil(workload.steps / larger))
+    tokens = workload.tokens_per_step * larger * steps
+    checkpoint, model, disk = _disk(load, recipe, steps)
     return Plan(
         name=recipe.name,
         base=recipe.model.base,
+        method=recipe.train.method,
         device=device,
-        parameters=parameters,
+        parameters=count_parameters(config),
         workload=workload,
         memory=memory,
         memory_bytes=memory.total,
         fits=fits,
-        advice=[] if fits else advise(recipe, config, estimate, device),
+        advice=[] if fits else advise(recipe, config, estimate, device, num_gpus),
         tokens_per_s=speed,
-        hours=workload.tokens / speed / 3600 if speed else None,
+        steps=steps,
+        hours=_seconds(recipe, tokens, speed) / 3600 if speed else None,
         checkpoint_bytes=checkpoint,
         model_bytes=model,
         disk_bytes=disk,
         disk_free_bytes=free_disk_bytes(recipe.out),
+        learned_parameters=load.learned,
+        layout=layout,
+        host_bytes=host_bytes,
+        scaling=scale(load, whole, cluster, num_gpus, samples_per_step) if cluster else None,
     )
+
+
+def load_of(recipe: Recipe, config: dict[str, Any], workload: Workload, device: Device) -> Load:
+    """What a recipe puts on a device."""
+    train = recipe.train
+    return Load(config, train, workload.largest, workload.held_out, _is_bf16(train, device), device.kind)
+
+
+def placed(load: Load, layout: Layout, device: Device) -> Layout:
+    """The layout with offload = auto decided, against the memory of `device` and this machine's free main memory."""
+    if layout.offload != "auto":
+        return layout
+    accumulation = load.train.gradient_accumulation_steps
+
+    def need(offload: str) -> tuple[int, int]:
+        memory, host_bytes = rank_memory(load, replace(layout, offload=offload), accumulation)
+        return memory.total, host_bytes * layout.num_ranks
+
+    chosen, _why = choose_offload(need, device.memory_bytes, free_memory_bytes())
+    return replace(layout, offload=chosen)
+
+
+def _samples(train: TrainSection) -> int:
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+
+def batch_of(train: TrainSection, workload: Workload) -> Batch:
+    """What a rank computes a step when each has the batch of the recipe."""
+    tokens = workload.tokens_per_step / train.gradient_accumulation_steps
+    return Batch(train.gradient_accumulation_steps, tokens, workload.target_share * tokens)
+
+
+def _seconds(recipe: Recipe, tokens: float, tokens_per_s: float) -> float:
+    """Of a whole run over so many tokens; dpo asks its reference about each answer once, a third of the arithmetic."""
+    once = min(1.0, 1 / recipe.train.num_train_epochs) / 3 if recipe.train.objective == "dpo" else 0.0
+    return tokens * (1 + once) / tokens_per_s
 
 
 def count_parameters(config: dict[str, Any]) -> dict[str, int]:
@@ -177,6 +247,7 @@ def assumed_workload(recipe: Recipe) -> Workload:
     drawn = np.random.default_rng(0).lognormal(np.log(_ARTICLE["median"]), _ARTICLE["sigma"], _MOST_DRAWN)
     lengths = np.clip(drawn, min(_ARTICLE["shortest"], limit), limit).astype(np.int64)
     num_samples, batch = int(_ARTICLE["samples"]), train.per_device_train_batch_size
+    batch *= 2 if train.objective == "dpo" else 1  # pairs
     share = 1.0 if train.objective == "pretrain" else _ARTICLE["target_share"]
     if most is not None:
         num_units = math.ceil(num_samples * lengths.mean() / most)
@@ -206,44 +277,61 @@ def _validation(lengths: NDArray[np.int64], share: float) -> BatchShape | None:
     return BatchShape(tokens, min(tokens, int(lengths.max())), max(1, int(share * tokens)))
 
 
-def _memory(config: dict[str, Any], train: TrainSection, workload: Workload, device: Device) -> Memory:
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and device.kind == "cuda")
-    return predict_memory(config, train, workload.largest, workload.held_out, bf16, device.kind)
+def _is_bf16(train: TrainSection, device: Device) -> bool:
+    """Whether products run in bf16, as the loop decides it."""
+    if train.weights != "float32" or train.precision == "bf16":
+        return True
+    return train.precision == "auto" and device.kind == "cuda"
 
 
-def advise(recipe: Recipe, config: dict[str, Any], estimate: Estimate, device: Device) -> list[Advice]:
+def advise(
+    recipe: Recipe, config: dict[str, Any], estimate: Estimate, device: Device, num_gpus: int = 1
+) -> list[Advice]:
     """Changes that take less memory, all reckoned, none guessed: up to three that fit, the cheapest first.
 
-    A dearer one is among them only if it takes less than those before. When none fits: all, the least first.
+    A dearer one is among them only if it takes less than those before, or is another method. When none fits: all, the
+    least first.
     """
     found: list[Advice] = []
     fitting: list[Advice] = []
-    for changes, cost in _candidates(recipe):
+    for wanted, cost in _candidates(recipe, device, num_gpus):
+        changes = {
+            section: {
+                key: value for key, value in values.items() if value != getattr(getattr(recipe, section), key)
+            }
+            for section, values in wanted.items()
+        }
         changed = recipe.model_copy(
             update={
                 section: getattr(recipe, section).model_copy(update=values)
                 for section, values in changes.items()
             }
         )
-        memory = _memory(config, changed.train, estimate(changed), device)
+        load = load_of(changed, config, estimate(changed), device)
+        layout = Layout.of(changed.parallel, num_gpus, load.num_heads)
+        layout = replace(layout, offload=layout.offload.replace("auto", "all"))
+        memory, _ = rank_memory(load, layout, changed.train.gradient_accumulation_steps)
         names = " ".join(
             f"{section}.{key}={str(value).lower()}"
             for section, values in changes.items()
             for key, value in values.items()
         )
         found.append(Advice(names, cost, memory.total, memory.total <= device.memory_bytes))
-        if found[-1].fits and all(memory.total < one.memory_bytes for one in fitting):
+        is_other = "method" in changes.get("train", {})
+        if found[-1].fits and (is_other or all(memory.total < one.memory_bytes for one in fitting)):
             fitting.append(found[-1])
         if len(fitting) == 3:
             break
     return fitting or sorted(found, key=lambda one: one.memory_bytes)
 
 
-def _candidates(recipe: Recipe) -> Iterator[tuple[dict[str, dict[str, Any]], str]]:
+def _candidates(
+    recipe: Recipe, device: Device, num_gpus: int
+) -> Iterator[tuple[dict[str, dict[str, Any]], str]]:
     """Changes from cheap to dear."""
-    train = recipe.train
+    train, parallel = recipe.train, recipe.parallel
     batch, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    recompute = {} if train.gradient_checkpointing else {"gradient_checkpointing": True}
+    recompute = {} if train.gradient_checkpointing == 1 else {"gradient_checkpointing": True}
 
     def split(into: int) -> dict[str, Any]:
         return {
@@ -252,48 +340,50 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[dict[str, dict[str, Any]], str
         }
 
     parts = sorted({into for into in (2, 4, batch) if into > 1 and batch % into == 0})
+    smallest = recompute | (split(parts[-1]) if parts else {})
     for into in parts[:2]:
         yield {"train": split(into)}, "the same mathematics, smaller batches at once"
+    if num_gpus > parallel.tp:
+        for zero in range(parallel.zero + 1, 4):
+            yield {"parallel": {"zero": zero}}, "the same mathematics, more traffic between the GPUs"
     if recompute:
         yield {"train": recompute}, "a third more time"
         for into in parts:
             yield {"train": {**recompute, **split(into)}}, "a third more time, smaller batches at once"
     elif parts[2:]:
         yield {"train": split(parts[-1])}, "the same mathematics, one sample at once"
+    if train.method == "full":
+        compact = {"optimizer": "adamw_8bit"}
+        yield {"train": {**smallest, **compact}}, "moments in 8 bits"
+        compact["weights"] = "bf16_stochastic"
+        if train.weights == "float32" and train.precision != "float32":
+            yield {"train": {**smallest, **compact}}, "weights in bf16, moments in 8 bits"
+        if device.kind == "cuda" and (num_gpus == 1 or parallel.zero == 3):
+            for offload in ("optimizer", "all"):
+                if parallel.offload in ("none", "optimizer") and parallel.offload != offload:
+                    cost = "waits for main memory each step; less with more accumulation"
+                    yield {"train": smallest, "parallel": {"offload": offload}}, cost
+        adapters = {**smallest, "method": "lora", "weights": "float32", "optimizer": "adamw"}
+        yield {"train": adapters}, "adapters learn, the base stays as it is"
+    if train.method != "qlora" and device.kind == "cuda":
+        in_4_bits = {**smallest, "method": "qlora", "weights": "float32", "optimizer": "adamw"}
+        yield {"train": in_4_bits}, "adapters learn, the base stays as it is, in 4 bits"
     length = recipe.data.max_seq_length // 2
     if length >= 64 and recipe.data.pack_length is None:
-        smallest = split(parts[-1]) if parts else {}
         yield (
-            {"train": {**recompute, **smallest}, "data": {"max_seq_length": length}},
+            {"train": smallest, "data": {"max_seq_length": length}},
             "longer samples are cut; the tokens are made anew",
         )
 
 
-def _tokens_per_s(
-    parameters: dict[str, int],
-    train: TrainSection,
-    workload: Workload,
-    device: Device,
-) -> float | None:
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and device.kind == "cuda")
-    peak = device.bf16_flops if bf16 else device.float32_flops
-    if peak is None or device.bandwidth_bytes_per_s is None:
-        return None
-    body = parameters["total"] - parameters["embeddings"] - parameters["head"]
-    head = parameters["head"] or parameters["embeddings"]
-    flops = (8 if train.gradient_checkpointing else 6) * body + 6 * head * workload.target_share
-    arithmetic_s = workload.tokens_per_step * flops / (_USABLE_PEAK * peak)
-    # AdamW reads weight, gradient and two moments and writes three of them; bf16 casts read 4 bytes and write 2.
-    traffic = 28 * parameters["total"] + 6 * parameters["total"] * train.gradient_accumulation_steps * bf16
-    traffic_s = traffic / (_USABLE_BANDWIDTH * device.bandwidth_bytes_per_s)
-    return workload.tokens_per_step / (arithmetic_s + traffic_s)
-
-
-def _disk(config: dict[str, Any], num_parameters: int, recipe: Recipe, steps: int) -> tuple[int, int, int]:
+def _disk(load: Load, recipe: Recipe, steps: int) -> tuple[int, int, int]:
     """Bytes of one checkpoint, of the finished model, and of all that is there at once at most."""
-    checkpoint = 12 * num_parameters + (1 << 20)  # float32 weights and AdamW's two moments
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    model = num_parameters * (2 if "16" in stored else 4)
+    own_bytes = 2 if load.bf16_weights else 4
+    checkpoint = int((own_bytes + load.optimizer_bytes) * load.learned) + (1 << 20)
+    stored = str(load.config.get("dtype") or load.config.get("torch_dtype") or "float32")
+    model = load.units.num_parameters * (2 if "16" in stored else 4)
+    if recipe.train.method != "full":
+        model += 4 * load.learned  # the adapter beside the merged model
     saves = math.ceil(steps / recipe.train.save_steps)
     kept = min(recipe.train.save_total_limit, saves)
     while_saving = min(kept + 1, saves)  # an old one goes only once the new one is whole
@@ -307,8 +397,8 @@ def require_room(recipe: Recipe, config: dict[str, Any], data: Tokens, held_out:
         return real_workload(changed, data, held_out)
 
     workload, device = estimate(recipe), this_device()
-    num_parameters = count_parameters(config)["total"]
-    needed = _disk(config, num_parameters, recipe, workload.steps)[2]
+    load = load_of(recipe, config, workload, device)
+    needed = _disk(load, recipe, workload.steps)[2]
     there = sum(
         path.stat().st_size for one in find_checkpoints(run) for path in one.rglob("*") if path.is_file()
     )
@@ -318,9 +408,9 @@ def require_room(recipe: Recipe, config: dict[str, Any], data: Tokens, held_out:
             f"The checkpoints and the model need {_gib(needed - there)} of disk and {run} has {_gib(free)} free; "
             "free some space, choose another output_dir, lower train.save_total_limit, or set train.check = false."
         )
-    if _generous_bytes(config, num_parameters, workload) < device.memory_bytes:
+    if _generous_bytes(config, load.units.num_parameters, workload) < device.memory_bytes:
         return
-    memory = _memory(config, recipe.train, workload, device)
+    memory, _ = rank_memory(load, Layout(), recipe.train.gradient_accumulation_steps)
     if memory.total > device.memory_bytes:
         ways = advise(recipe, config, estimate, device)
         raise TrainingError(
@@ -378,8 +468,10 @@ def try_largest_batch(
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
-            moments = 0 if optimizer.state else 8 * sum(parameter.numel() for parameter in parameters)
-            room = torch.empty(moments, dtype=torch.uint8, device=device)
+            compact = optimizer if isinstance(optimizer, CompactAdamW) else None
+            each = state_bytes(compact.eight_bit, compact.kahan) if compact else state_bytes(False, False)
+            moments = 0 if optimizer.state else each * sum(parameter.numel() for parameter in parameters)
+            room = torch.empty(int(moments), dtype=torch.uint8, device=device)
             model.train()
             torch.autograd.backward(objective.loss(model, batch, device).total / len(batch.target_ids))
             del room
