@@ -140,7 +140,13 @@ def process_group() -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Whoever hangs is found by firefly.train.team; a checkpoint or a merge may keep the others waiting long.
-        dist.init_process_group(_backend(), timeout=timedelta(days=1))
+        # torchrun's store outlives a restart, with addresses of processes that are gone: each attempt has its own keys.
+        store, rank, world_size = next(torch.distributed.rendezvous("env://"))  # type: ignore[attr-defined]
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        store = torch.distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(
+            _backend(), store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1)
+        )
     yield
     if mine and dist.is_initialized():
         dist.destroy_process_group()  # not after an error: it waits for ranks that may be gone
