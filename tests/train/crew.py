@@ -99,13 +99,12 @@ class Crew:
         """Send a rank a signal."""
         os.kill(self.pids[rank], number)
 
-    def end(self, but: int | None = None) -> list[int]:
-        """Wait until all (`but` one, which is killed then) have ended; returns their exit statuses."""
-        last_s = time.monotonic() + BOUND_S
-        waited = [pid for rank, pid in enumerate(self.pids) if rank != but]
-        while any(_lives(pid) for pid in waited) and time.monotonic() < last_s:
+    def end(self, most_s: float = BOUND_S) -> list[int]:
+        """Wait until all have ended; returns their exit statuses."""
+        last_s = time.monotonic() + most_s
+        while any(map(_lives, self.pids)) and time.monotonic() < last_s:
             time.sleep(0.05)
-        late = [rank for rank, pid in enumerate(self.pids) if pid in waited and _lives(pid)]
+        late = [rank for rank, pid in enumerate(self.pids) if _lives(pid)]
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -117,7 +116,7 @@ class Crew:
     def run(self, *members: Member, world_size: int | None = None) -> list[int]:
         """Start the members and wait for their end."""
         self.start(*members, world_size=world_size)
-        return self.end()
+        return self.end(most_s=600)
 
     @property
     def said(self) -> list[str]:
