@@ -48,6 +48,7 @@ __all__ = [
     "demo",
     "evaluate",
     "evaluate_benchmarks",
+    "launch",
     "merge",
     "plan",
     "prune",
@@ -259,15 +260,30 @@ def plan(
 def train(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:
     """Train a recipe's model, going on from the last checkpoint; earlier stages run if they have not."""
     from firefly.app.pipeline import run_stages
+    from firefly.train.team import joined
 
-    return run_stages(_recipe(recipe, overrides), until="train")
+    with joined() as team:
+        return run_stages(_recipe(recipe, overrides), until="train", team=team)
+
+
+def launch(arguments: Sequence[str], gpus: str | None = None, processes: int | None = None) -> int:
+    """Run `firefly ARGUMENTS` once for each GPU of this machine ("all", or how many), or in so many `processes`.
+
+    Returns the exit status; the processes say themselves what happens. Raises `LaunchError`.
+    """
+    from firefly.app.launch import launch as start
+    from firefly.app.launch import num_gpus
+
+    return start(arguments, processes or num_gpus(gpus or "all"))
 
 
 def run(recipe: RecipeLike, overrides: Sequence[str] = ()) -> RunResult:
     """Run every stage of a recipe, each skipped when it is already done."""
     from firefly.app.pipeline import run_stages
+    from firefly.train.team import joined
 
-    return run_stages(_recipe(recipe, overrides))
+    with joined() as team:
+        return run_stages(_recipe(recipe, overrides), team=team)
 
 
 def runs(*places: str | Path, png: str | Path | None = None) -> RunsResult:

@@ -450,14 +450,31 @@ def plan(
     epilog=_examples(
         "firefly train recipes/firefly-1b4.toml",
         "firefly train recipes/firefly-1b4.toml train.learning_rate=2e-5",
+        "firefly train --gpus all recipes/firefly-2b6.toml parallel.zero=2",
+        "torchrun --nproc-per-node 8 -m firefly train recipes/firefly-2b6.toml parallel.zero=2",
     )
 )
 @_keeps_what_is_done
 def train(
-    recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="all|N", help="Start one process a GPU of this machine, as torchrun does."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Start so many processes, also where there are no GPUs.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train the model of a recipe; goes on from the last checkpoint."""
     console.quiet(quiet)
+    if gpus is not None or processes is not None:
+        if gpus is not None and processes is not None:
+            raise typer.BadParameter("--gpus and --processes say the same; give one of them.")
+        flags = ["--json"] * as_json + ["--quiet"] * quiet
+        raise typer.Exit(api.launch(["train", str(recipe), *(overrides or []), *flags], gpus, processes))
     _show(api.train(recipe, overrides or []), as_json, _stage_lines)
 
 

@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 Item = TypeVar("Item")
 
 _LOG_INTERVAL_S = 5.0
 _quiet = False
+_prefix = ""  # before every line, where several processes share a terminal
+_log: IO[str] | None = None  # a file that gets every message, too
+_listener: Callable[[], None] | None = None  # is called whenever a bar advances, shown or not
 _screen: Any = None  # the terminal's bars while some are shown; work inside other work adds its own there
 
 
@@ -25,16 +28,39 @@ def quiet(on: bool = True) -> None:
     _quiet = on
 
 
+def share(log: IO[str], prefix: str = "") -> None:
+    """Copy every message to `log`; a `prefix` says which process of several speaks, and then no bar is drawn."""
+    global _log, _prefix
+    _log, _prefix = log, prefix
+
+
+def when_advancing(call: Callable[[], None]) -> None:
+    """Let `call` know whenever any progress advances: the sign that this process still works."""
+    global _listener
+    _listener = call
+
+
+def _advanced() -> None:
+    if _listener is not None:
+        _listener()
+
+
 def say(message: str) -> None:
     """Print one line for the user on stderr."""
+    if _log is not None:
+        print(time.strftime("%H:%M:%S"), message, file=_log, flush=True)
     if _quiet:
         return
-    if sys.stderr.isatty():
+    if _on_terminal():
         from rich.console import Console
 
         Console(stderr=True, highlight=False).print(message, markup=False)
     else:
-        print(message, file=sys.stderr, flush=True)
+        print(_prefix + message, file=sys.stderr, flush=True)
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty() and not _prefix
 
 
 def warn(message: str) -> None:
@@ -78,7 +104,7 @@ def progress(label: str, total: float | None, unit: str, done: float = 0) -> Ite
     """
     if _quiet:
         yield _Silent()
-    elif sys.stderr.isatty():
+    elif _on_terminal():
         with _bar(label, total, unit, done) as bar:
             yield bar
     else:
@@ -98,8 +124,8 @@ def watched(
 
 
 class _Silent:
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        pass
+    def advance(self, amount: float = 1, note: str = "") -> None:  # noqa: ARG002 - as the others'
+        _advanced()
 
 
 class _Lines:
@@ -111,6 +137,7 @@ class _Lines:
         self.start_s = self.last_s = time.monotonic()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
+        _advanced()
         self.done += amount
         self.note = note or self.note
         now_s = time.monotonic()
@@ -160,6 +187,7 @@ class _Bar:
         self.start_s = time.monotonic()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
+        _advanced()
         self.done += amount
         rate = self.done / max(time.monotonic() - self.start_s, 1e-9)
         changes = {"note": note} if note else {}

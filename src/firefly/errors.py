@@ -8,6 +8,7 @@
     ├── OutputError              a place to write to: not writable
     │   └── DiskFullError        no space left there; earlier results are untouched
     ├── CheckpointError          a checkpoint: corrupted, or from another run
+    ├── LaunchError              several processes that do not make one run: one is missing, another recipe
     └── TrainingError            training cannot go on: loss not finite
 
 The command line prints the sentence and exits with status 1; the Python API raises it.
@@ -51,6 +52,10 @@ class DiskFullError(OutputError):
 
 class CheckpointError(FireflyError):
     """A checkpoint is corrupted or belongs to another run."""
+
+
+class LaunchError(FireflyError):
+    """The processes of a run did not start alike, or one of them ended."""
 
 
 class TrainingError(FireflyError):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from firefly.data.loader import Batch, pack
 from firefly.errors import ModelError
 from firefly.model.families import CausalModel, build
-from firefly.model.load import load_model, save_model, transformers_model
+from firefly.model.load import load_model, save_model, state_to_save, transformers_model
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss, token_losses
 from tiny import SHAPES
@@ -137,7 +137,7 @@ def test_saved_directory_opens_in_transformers(
     tiny: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
     model = load_model(tiny(family))
-    save_model(model, tiny(family), tmp_path / "out", "{{ messages }}", torch.float32)
+    save_model(state_to_save(model), tiny(family), tmp_path / "out", "{{ messages }}", torch.float32)
     reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     original = AutoModelForCausalLM.from_pretrained(tiny(family)).state_dict()
     assert reopened.keys() == original.keys()

@@ -22,7 +22,8 @@ from firefly import api, console
 from firefly.errors import CheckpointError, DiskFullError
 from firefly.files import sha256_file
 from firefly.recipe import Recipe
-from firefly.train.checkpoint import TrainState, find_checkpoints, newest_sound, save_checkpoint, verify
+from firefly.train.checkpoint import Checkpoints, TrainState, find_checkpoints, newest_sound, verify
+from firefly.train.parallel import Parts, Ranks
 from tiny import recipe_table, write_pairs
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -161,11 +162,17 @@ def run(tmp_path: Path) -> Path:
     network = torch.nn.Linear(20, 30)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
     place = tmp_path / "run"
-    for step in (1, 2, 3):
-        network(torch.ones(20)).sum().backward()
-        optimizer.step()
-        save_checkpoint(place, dict(network.named_parameters()), optimizer, TrainState(step=step), keep=3)
+    with Checkpoints(place, parts(network), optimizer, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            network(torch.ones(20)).sum().backward()
+            optimizer.step()
+            checkpoints.save(TrainState(step=step))
     return place
+
+
+def parts(network: torch.nn.Module) -> Parts:
+    """All of a network, in a process alone."""
+    return Parts(dict(network.named_parameters()), Ranks(device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.nightly)])
@@ -238,12 +245,13 @@ def test_a_disk_that_fills_at_any_point_of_a_save_leaves_the_checkpoint_before(
     monkeypatch.setattr("firefly.train.checkpoint.require_disk", lambda *_: None)  # the check before the save
     network = torch.nn.Linear(100, 100)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
-    names = dict(network.named_parameters())
+    checkpoints = Checkpoints(small_disk / "run", parts(network), optimizer, keep=1)
 
     def save(step: int) -> None:
         network(torch.ones(100)).sum().backward()
         optimizer.step()
-        save_checkpoint(small_disk / "run", names, optimizer, TrainState(step=step), keep=1)
+        checkpoints.save(TrainState(step=step))
+        checkpoints.finish()
 
     save(1)
     page, failed = 4096, 0
@@ -268,19 +276,17 @@ def test_a_full_disk_does_not_stop_a_run(
     make: Make, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     """Two saves fail, the run goes on, the next try succeeds, and the losses are those of a quiet run."""
-    from firefly.train import loop
-
     options = {"max_steps": 24, "save_steps": 10}
     api.train(make("whole", **options))
-    made, real, tries = make(**options), loop.save_checkpoint, []
+    made, real, tries = make(**options), Checkpoints.save, []
 
-    def full(run: Path, names: Any, optimizer: Any, state: TrainState, keep: int) -> Path:
+    def full(checkpoints: Checkpoints, state: TrainState) -> Path:
         tries.append(state.step)
         if state.step in (10, 11):
             raise DiskFullError("The disk is full.")
-        return real(run, names, optimizer, state, keep)
+        return real(checkpoints, state)
 
-    monkeypatch.setattr(loop, "save_checkpoint", full)
+    monkeypatch.setattr(Checkpoints, "save", full)
     api.train(made)
     assert tries == [10, 11, 12, 20, 24]
     assert sum("Training goes on; the next checkpoint is tried at step" in line for line in said) == 2

@@ -25,6 +25,7 @@ from firefly.errors import RecipeError, TrainingError
 from firefly.model.load import load_model
 from firefly.recipe import Recipe
 from firefly.train import loop
+from firefly.train.checkpoint import Checkpoints
 from firefly.train.curves import draw_comparison, draw_curves, note, scalars
 from firefly.train.devices import peak_flops, peak_flops_of, training_flops
 from firefly.train.window import Window
@@ -168,12 +169,12 @@ def test_a_resumed_run_writes_the_same_rows_in_the_midst_of_a_window(
     options = {"max_steps": 14, "logging_steps": 7, "save_steps": 5}
     whole, broken = make("whole", **options), make("broken", **options)
     api.train(whole)
-    real = loop.save_checkpoint
+    real = Checkpoints.save
 
     def killed(*arguments: Any) -> None:
         raise KeyboardInterrupt if real(*arguments).name == "checkpoint-10" else SystemExit
 
-    monkeypatch.setattr(loop, "save_checkpoint", killed)
+    monkeypatch.setattr(Checkpoints, "save", killed)
     with pytest.raises(SystemExit):
         api.train(broken)
     with pytest.raises(KeyboardInterrupt):

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +41,9 @@ from firefly.model.shards import weight_files
 from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
 from firefly.train.checkpoint import find_checkpoints
-from firefly.train.loop import HARMLESS, train
+from firefly.train.loop import HARMLESS, TrainResult, train
 from firefly.train.reporters import require_reporters
+from firefly.train.team import ALONE, Team
 
 StageName = Literal["dataset", "prune", "tokens", "train", "evaluate"]
 _BEFORE_TRAINING: tuple[StageName, ...] = ("dataset", "prune", "tokens")
@@ -70,11 +72,20 @@ class RunResult:
     stages: dict[str, StageResult] = field(default_factory=dict)
 
 
-def run_stages(recipe: Recipe, until: StageName = "evaluate") -> RunResult:
+def run_stages(recipe: Recipe, until: StageName = "evaluate", team: Team = ALONE) -> RunResult:
     """Run every stage up to `until`, skipping what is done.
 
-    Raises a `FireflyError` for anything the user can mend; what was finished before stays.
+    Of several processes the first does all of it, and the others come to its help in training. Raises a
+    `FireflyError` for anything the user can mend; what was finished before stays.
     """
+    team.same(
+        "start",
+        {"firefly": firefly.__version__, "torch": version("torch"), **_options(recipe)},
+        "start every process with the same recipe and overrides",
+        recipe.parallel.start_timeout_s,
+    )
+    if team.rank:
+        return _help(recipe, team)
     if until == "evaluate" and recipe.data.validation_fraction == 0:
         raise RecipeError(
             "data.validation_fraction = 0 holds nothing out, so there would be nothing to evaluate; "
@@ -89,13 +100,24 @@ def run_stages(recipe: Recipe, until: StageName = "evaluate") -> RunResult:
     _claim(recipe.out)
     with exclusive(recipe.out, "a Firefly run"):
         _refuse_another_recipe(recipe)
+        team.log_to(recipe.out / "run" / "logs", aloud=True)
+        team.say("begin")
         write_atomic(recipe.out / "recipe.toml", recipe.to_toml())
-        line = _Line(recipe)
+        line = _Line(recipe, team)
         for name in STAGES[: STAGES.index(until) + 1]:
             if name == "prune" and recipe.prune is None:
                 continue
             getattr(line, name)(base)
     return RunResult(recipe.name, str(recipe.out), line.done)
+
+
+def _help(recipe: Recipe, team: Team) -> RunResult:
+    """What a process does that is not the first: wait for the stages before training, and train."""
+    team.hear()  # the output directory is ours
+    team.log_to(recipe.out / "run" / "logs", recipe.parallel.log_all_ranks)
+    if team.hear() == "train":
+        _Line(recipe, team).train_now()
+    return RunResult(recipe.name, str(recipe.out))
 
 
 def _claim(out: Path) -> None:
@@ -127,10 +149,19 @@ def _refuse_another_recipe(recipe: Recipe) -> None:
         )
 
 
+def _options(recipe: Recipe, sections: set[str] | None = None) -> dict[str, Any]:
+    """Every option of some sections, or of all, by its full name."""
+    tables = recipe.model_dump(mode="json", include=sections, exclude_none=True)
+    return {
+        f"{section}.{key}": value
+        for section, table in tables.items()
+        for key, value in (table.items() if isinstance(table, dict) else [("", table)])
+    }
+
+
 def _what_counts(recipe: Recipe) -> dict[str, Any]:
     """The options that decide about the trained weights, by their full names."""
-    tables = recipe.model_dump(include={"model", "prune", "data", "train"}, exclude_none=True)
-    options = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    options = _options(recipe, {"model", "prune", "data", "train"})
     harmless = {f"train.{name}" for name in HARMLESS} | {f"data.{name}" for name in _HARMLESS_DATA}
     return {name: value for name, value in options.items() if name not in harmless}
 
@@ -138,8 +169,8 @@ def _what_counts(recipe: Recipe) -> dict[str, Any]:
 class _Line:
     """The stages of one recipe, in order; each one's fingerprint covers those before it."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.out = recipe, recipe.out
+    def __init__(self, recipe: Recipe, team: Team) -> None:
+        self.recipe, self.out, self.team = recipe, recipe.out, team
         self.done: dict[str, StageResult] = {}
         self.marks: dict[str, str] = {}
 
@@ -212,11 +243,16 @@ class _Line:
             self.marks["tokens"],
             self.marks.get("prune") or [_identity(p) for p in _files_of(base)],
         ]
-        self._stage(
-            "train",
-            self.out / "model",
-            depends,
-            lambda: train(self.recipe, self.model, self.out / "tokens", self.out / "run", self.out / "model"),
+        self._stage("train", self.out / "model", depends, self.train_now)
+        if self.done["train"].skipped:
+            self.team.say("done")
+
+    def train_now(self) -> TrainResult:
+        """The training itself, which every process does together with the others."""
+        if self.team.rank == 0:
+            self.team.say("train")
+        return train(
+            self.recipe, self.model, self.out / "tokens", self.out / "run", self.out / "model", self.team
         )
 
     def evaluate(self, base: Path) -> None:

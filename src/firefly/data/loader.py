@@ -101,6 +101,11 @@ class TrainingStream:
         first = (number * self.world_size + self.rank) * self.batch_size
         return [one for place in range(first, first + self.batch_size) for one in self._samples_at(place)]
 
+    def samples_until(self, number: int) -> set[int]:
+        """The samples of all ranks' batches before `number`."""
+        places = range(number * self.world_size * self.batch_size)
+        return {one for place in places for one in self._samples_at(place)}
+
     def batch_tokens(self, count: int) -> NDArray[np.int64]:
         """Tokens in each of the first `count` batches, without making them.
 

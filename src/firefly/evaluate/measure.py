@@ -127,9 +127,9 @@ class Measured:
                 found[kind] = np.asarray(rows, np.float64).reshape(-1, 3)
         return found
 
-    def _losses(self, batch: Sequence[_Sample]) -> list[tuple[float, int]]:
+    def _losses(self, batch: Sequence[_Sample]) -> list[list[float]]:
         pairs = [(np.asarray(one.rendered.ids), np.asarray(one.rendered.mask)) for one in batch]
-        return list(zip(*sample_losses(self.generator.model, pack(pairs), self.device), strict=True))
+        return sample_losses(self.generator.model, pack(pairs), self.device).T.tolist()
 
     def _samples(self, examples: Sequence[Example]) -> Iterator[_Sample]:
         """The samples that examples become, cut as in training; what is lost there is left out here."""

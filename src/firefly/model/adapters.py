@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from firefly.errors import ModelError, ProofError, RecipeError, choices
 from firefly.files import directory_atomic, require_disk, write_json
 from firefly.model.families import CausalModel, transformers_model
-from firefly.model.load import load_model, save_model, stored_dtype
+from firefly.model.load import load_model, save_model, state_to_save, stored_dtype
 from firefly.model.packed import PackedInput
 from firefly.recipe import Method, TrainSection
 
@@ -68,21 +68,22 @@ def require_method(method: Method) -> None:
 
 
 def load_for_training(
-    directory: Path, section: TrainSection, device: torch.device, bf16: bool = False
+    directory: Path, section: TrainSection, device: torch.device, bf16: bool = False, as_stored: bool = False
 ) -> CausalModel:
     """The model of a directory, ready to train: with adapters on a frozen base unless the method is full.
 
     The base's linear layers are held in NF4 by qlora, else in bf16 where the products run in it anyway (the same
-    numbers, in half the memory). Raises `RecipeError` for an unknown target module.
+    numbers, in half the memory). With `as_stored`, weights that train whole keep the dtype of their file, whose pages
+    all processes of a machine share. Raises `RecipeError` for an unknown target module.
     """
     if section.method == "qlora":
         # By way of main memory, so that the device never holds more than the 4-bit model and one layer.
         model = load_model(directory, "cpu", stored_dtype(directory))
         quantize(transformers_model(model), device, bf16)
     else:
-        model = load_model(
-            directory, device, torch.float32 if section.weights == "float32" else torch.bfloat16
-        )
+        dtype = torch.float32 if section.weights == "float32" else torch.bfloat16
+        keep = as_stored and section.method == "full"
+        model = load_model(directory, device, stored_dtype(directory) if keep else dtype)
     if section.method != "full":
         attach(model, section, directory)
         if bf16 and section.method != "qlora":
@@ -226,7 +227,8 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> MergeResult:
     )
     stop_ids = _stop_ids(adapter)
     with directory_atomic(out) as place:
-        save_model(model, base, place, template.read_text("utf-8") if template else None, dtype, stop_ids)
+        chat_template = template.read_text("utf-8") if template else None
+        save_model(state_to_save(model), base, place, chat_template, dtype, stop_ids)
         del model
         if not torch.equal(_logits(load_model(place), probe), rounded):
             raise _not_the_same("what was written does not give the merged logits")

@@ -81,6 +81,26 @@ class Bloom(nn.Module):
         return self.transformer.word_embeddings.weight if self.shape.tied else self.lm_head.weight
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """The input matrix, V C."""
+        return self.transformer.word_embeddings
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        """How the matrices of a layer are split among ranks (see firefly.model.split)."""
+        return {
+            "self_attention.query_key_value": "colwise",  # contiguous, as a head's rows lie together
+            "self_attention.dense": "rowwise",
+            "mlp.dense_h_to_4h": "colwise",
+            "mlp.dense_4h_to_h": "rowwise",
+        }
+
+    @property
+    def num_heads(self) -> dict[str, int]:
+        """What must divide evenly among ranks."""
+        return {"attention heads": self.shape.num_heads}
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, first to last."""
         return self.transformer.h
@@ -130,13 +150,15 @@ class _Layer(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_size = width // num_heads
         self.query_key_value = nn.Linear(width, 3 * width)
         self.dense = nn.Linear(width, width)
 
     def forward(self, states: Tensor, attention: PackedAttention) -> Tensor:
-        fused = self.query_key_value(states)  # T 3C, interleaved by head
-        query, key, value = fused.view(len(states), self.num_heads, 3, -1).unbind(2)  # T H D
+        fused = self.query_key_value(
+            states
+        )  # T 3C, interleaved by head; under tensor parallelism some heads only
+        query, key, value = fused.view(len(states), -1, 3, self.head_size).unbind(2)  # T H D
         attended = attention(query, key, value)
         return self.dense(attended.reshape(len(states), -1))  # type: ignore[no-any-return]
 

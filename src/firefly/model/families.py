@@ -45,6 +45,26 @@ class HubModel(nn.Module):
         return self.inner.base_model.layers  # type: ignore[no-any-return]
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """The input matrix, V C."""
+        return self.inner.get_input_embeddings()  # type: ignore[no-any-return]
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        """How the matrices of a layer are split among ranks: as transformers says."""
+        plan = self.inner.config.base_model_tp_plan
+        return {name.removeprefix("layers.*."): how for name, how in plan.items()}
+
+    @property
+    def num_heads(self) -> dict[str, int]:
+        """What must divide evenly among ranks."""
+        config = self.inner.config
+        return {
+            "attention heads": config.num_attention_heads,
+            "key-value heads": config.num_key_value_heads,
+        }
+
+    @property
     def checkpoint_every(self) -> int:
         """Every how many layers one is recomputed in the backward pass; 0: none."""
         return self._checkpoint_every

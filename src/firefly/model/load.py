@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def state_to_save(model: CausalModel) -> dict[str, Tensor]:
 
 
 def save_model(
-    model: CausalModel,
+    state: Mapping[str, Tensor],
     base: Path,
     out: Path,
     chat_template: str | None,
@@ -169,10 +169,9 @@ def save_model(
 ) -> None:
     """Write a model directory that plain transformers opens, atomically; an answer ends at any of `stop_ids`.
 
-    config.json and tokenizer come from `base`; the chat template is the one the model was trained with, or for None
-    what the base says.
+    `state` are the weights by transformers' names (`state_to_save`), converted one file at a time. config.json and
+    tokenizer come from `base`; the chat template is the one the model was trained with, or for None what the base says.
     """
-    state = state_to_save(model)
     require_disk(out, sum(tensor.numel() for tensor in state.values()) * dtype.itemsize * 21 // 20)
     with directory_atomic(out) as place:
         shards: list[dict[str, Tensor]] = [{}]

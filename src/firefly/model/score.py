@@ -51,42 +51,47 @@ def token_losses(model: CausalModel, batch: PackedInput, bf16: bool = False) -> 
     return batch_loss(model, batch, bf16)[1]
 
 
-def loss_by_kind(
-    model: CausalModel,
-    batches: Iterable[SupportsScoring],
-    kinds: Sequence[str],
-    target_bytes: Sequence[int],
-    device: torch.device,
-    bf16: bool = False,
-) -> dict[str, dict[str, float]]:
-    """Loss by kind and in `all`: `loss` in nats a token, and `bits_per_byte` of the learned text.
-
-    `kinds` and `target_bytes` (UTF-8) are indexed by the batches' `sample_ids`. Bits per byte do not depend on
-    the vocabulary, so they compare models with different tokenizers.
-    """
-    sums: dict[str, list[float]] = {}  # kind → nats, tokens, bytes
-    was_training = model.training
-    for batch in batches:
-        for number, *amounts in zip(
-            batch.sample_ids, *sample_losses(model, batch, device, bf16), strict=True
-        ):
-            for name in (kinds[number], "all"):
-                entry = sums.setdefault(name, [0.0, 0.0, 0.0])
-                for column, amount in enumerate([*amounts, target_bytes[number]]):
-                    entry[column] += amount
-    model.train(was_training)
-    return {name: mean_loss(*amounts) for name, amounts in sorted(sums.items())}
-
-
 def sample_losses(
     model: CausalModel, batch: SupportsScoring, device: torch.device, bf16: bool = False
-) -> tuple[list[float], list[int]]:
-    """For each sample of a batch its loss in nats, summed over its learned tokens, and their number."""
+) -> Tensor:
+    """Nats and learned tokens of each of a batch's N samples: [2, N] float64, on the host."""
     num_samples = len(batch.sample_ids)
     losses = token_losses(model, PackedInput.of(batch, device), bf16).double().cpu()
     samples = torch.from_numpy(batch.target_samples)
-    nats = torch.bincount(samples, losses, num_samples).tolist()
-    return nats, torch.bincount(samples, minlength=num_samples).tolist()
+    nats = torch.bincount(samples, losses, num_samples)
+    return torch.stack([nats, torch.bincount(samples, minlength=num_samples).double()])
+
+
+def loss_by_sample(
+    model: CausalModel,
+    batches: Iterable[SupportsScoring],
+    num_samples: int,
+    device: torch.device,
+    bf16: bool = False,
+) -> Tensor:
+    """Nats and learned tokens of each of N samples, by the batches' `sample_ids`: [2, N] float64, −1 for the others."""
+    found = torch.full((2, num_samples), -1.0, dtype=torch.float64)
+    was_training = model.training
+    for batch in batches:
+        found[:, batch.sample_ids] = sample_losses(model, batch, device, bf16)
+    model.train(was_training)
+    return found
+
+
+def sum_by_kind(
+    found: Tensor, kinds: Sequence[str], target_bytes: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Loss by kind and in `all`, from what `loss_by_sample` found, by each sample's kind and its learned UTF-8 bytes.
+
+    Bits per byte do not depend on the vocabulary, so they compare models with different tokenizers.
+    """
+    sums: dict[str, list[float]] = {}  # kind → nats, tokens, bytes
+    for kind, nats, count, size in zip(kinds, *found.tolist(), target_bytes, strict=True):
+        for name in (kind, "all") if count >= 0 else ():
+            entry = sums.setdefault(name, [0.0, 0.0, 0.0])
+            for column, amount in enumerate((nats, count, size)):
+                entry[column] += amount
+    return {name: mean_loss(*amounts) for name, amounts in sorted(sums.items())}
 
 
 def mean_loss(nats: float, num_tokens: float, num_bytes: float) -> dict[str, float]:

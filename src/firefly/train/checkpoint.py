@@ -1,31 +1,46 @@
-"""Checkpoints: all or nothing, hashed, and enough to go on bit for bit.
+"""Checkpoints: all or nothing, hashed, enough to go on bit for bit, and the same for one process as for many.
 
-    checkpoint-N/model.safetensors      weights in float32, by transformers' names
-    checkpoint-N/optimizer.safetensors  AdamW's moments and step counts, by the same names
-    checkpoint-N/state.json             step, random state, the open metrics window, what data it belongs to
-    checkpoint-N/manifest.json          SHA-256 of the three files above, and of itself
+    checkpoint-N/model.safetensors      weights as they are trained, by transformers' names
+    checkpoint-N/optimizer.safetensors  the optimizer's moments and step counts, by the same names
+    checkpoint-N/state.json             step, random states, the open metrics window, what data it belongs to
+    checkpoint-N/manifest.json          SHA-256 of every file above, and of itself
 
 A checkpoint is built under a temporary name, fsynced, hashed and renamed; only then is an older one removed. One
-that was damaged since is found by its hashes and set aside, and the run goes on from the one before.
+that was damaged since is found by its hashes and set aside, and the run goes on from the one before. The writing goes
+on beside the training, which waits only until the tensors are copied (or, where memory is short, until all is written).
+
+Several processes write a share of the tensors each (model-00002-of-00008.safetensors), but every tensor whole. So no
+file tells how parameters were shared out; any number of processes goes on from it, each cutting out its own parts; and
+a model directory is made of it without any process holding the model. PyTorch's own distributed checkpoints spare the
+gathering, which sends the weights around once more. They are pickles, or safetensors of parts that only torch puts
+together, and know no hashes: all of what is below would still be needed.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from firefly.console import warn
-from firefly.errors import CheckpointError
+from firefly.errors import CheckpointError, DiskFullError
 from firefly.files import (
     directory_atomic,
+    fsync,
+    partial_name,
     require_disk,
     sha256_file,
     sha256_json,
@@ -33,8 +48,10 @@ from firefly.files import (
     write_json,
     writing_to,
 )
+from firefly.train.gpus import free_memory_bytes
+from firefly.train.parallel import Parts, Ranks
 
-_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+Outcome = TypeVar("Outcome")
 
 
 @dataclass
@@ -83,41 +100,149 @@ def newest_sound(run: Path) -> Path | None:
     return None
 
 
-def save_checkpoint(
-    run: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainState, keep: int
-) -> Path:
-    """Write checkpoint-`state.step`, then remove all but the newest `keep`."""
-    target = run / f"checkpoint-{state.step}"
-    moments = _optimizer_tensors(names, optimizer)
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in names.items()}
-    require_disk(
-        run, sum(t.numel() * t.element_size() for t in [*weights.values(), *moments.values()]) + (1 << 20)
-    )
-    with directory_atomic(target) as place:
-        save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
-        save_file(moments, place / "optimizer.safetensors")
-        random = {"cpu": _text(torch.get_rng_state())}
-        if torch.cuda.is_available():
-            random["cuda"] = _text(torch.cuda.get_rng_state())
-        write_json(place / "state.json", asdict(state) | {"random": random})
-        write_atomic(place / "manifest.json", _manifest({name: sha256_file(place / name) for name in _FILES}))
-    for old in find_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return target
+class Checkpoints:
+    """Writes a run's checkpoints, one at a time. Every process has one of these and saves at the same steps.
+
+    Leaving its block waits until the last checkpoint is on the disk.
+    """
+
+    def __init__(self, run: Path, parts: Parts, optimizer: torch.optim.Optimizer, keep: int) -> None:
+        self.run, self.parts, self.optimizer, self.keep = run, parts, optimizer, keep
+        several = parts.ranks.world_size > 1
+        # The writers talk to each other beside the training, so in a group of their own.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if several else None
+        self._writer: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if error is None:
+            self.finish()
+        elif self._writer is not None:
+            self._writer.join(60.0)  # not for ever: another process may be gone
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint under way has failed, so that `finish` raises."""
+        return self._failure is not None
+
+    def save(self, state: TrainState) -> Path:
+        """Begin to write checkpoint-`state.step`; when it is there, all but the newest `keep` are removed.
+
+        Raises `DiskFullError` when there is no room for it, and whatever went wrong with the one before.
+        """
+        self.finish()
+        ranks, target = self.parts.ranks, self.run / f"checkpoint-{state.step}"
+        shares = _share_out(self.parts, self.optimizer)
+        self._require_disk(sum(num_bytes for _, num_bytes in shares.values()))
+        mine = sum(num_bytes for owner, num_bytes in shares.values() if owner == ranks.rank)
+        beside = mine * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < free_memory_bytes() / 2
+        files: dict[str, dict[str, Tensor]] = {_file(kind, ranks): {} for kind in ("model", "optimizer")}
+        for kind, key, name, value in _tensors(self.parts, self.optimizer):
+            whole = value if "@" in key else self.parts.gather(name, value)
+            if shares[key][0] == ranks.rank:
+                files[_file(kind, ranks)][key] = whole.to("cpu", copy=beside).contiguous()
+        self._writer = threading.Thread(
+            target=self._write, args=(target, files, asdict(state), _random_state()), daemon=True
+        )
+        self._writer.start()
+        if not beside:
+            self.finish()
+        return target
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way is on the disk; raises what went wrong with it."""
+        if self._writer is not None:
+            self._writer.join()
+        self._writer, failure, self._failure = None, self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _require_disk(self, num_bytes: int) -> None:
+        """`require_disk`, with the same answer for all processes."""
+        full: DiskFullError | None = None
+        try:
+            require_disk(self.run, num_bytes + (1 << 20))
+        except DiskFullError as error:
+            full = error
+        if self.parts.ranks.highest(torch.tensor(int(full is not None))):
+            raise full or DiskFullError(
+                f"Another process found the disk of {self.run} full; free some space."
+            )
+
+    def _write(
+        self,
+        target: Path,
+        files: dict[str, dict[str, Tensor]],
+        record: dict[str, Any],
+        random: dict[str, str],
+    ) -> None:
+        """The writer: this process's files, and in the main one all that makes a checkpoint of everybody's."""
+        ranks, place = self.parts.ranks, partial_name(target)
+        building = ExitStack()
+
+        def begin() -> None:
+            if ranks.main:
+                building.enter_context(directory_atomic(target))
+
+        def write_files() -> dict[str, str]:
+            with writing_to(target):
+                for name, tensors in files.items():
+                    save_file(tensors, place / name, metadata={"format": "pt"})
+                    fsync(place / name)
+                return {name: sha256_file(place / name) for name in files}
+
+        def conclude() -> None:
+            if ranks.main:
+                layout = {"processes": ranks.world_size, "tp": ranks.tp, "random": random}
+                write_json(place / "state.json", record | layout)
+                digests = {name: digest for part in written for name, digest in part.items()}
+                digests["state.json"] = sha256_file(place / "state.json")
+                write_atomic(place / "manifest.json", _manifest(digests))
+                building.close()
+                for old in find_checkpoints(self.run)[: -self.keep]:
+                    shutil.rmtree(old)
+
+        try:
+            with building:
+                self._everywhere(begin)
+                written = self._everywhere(write_files)
+                self._everywhere(conclude)
+        except BaseException as error:
+            self._failure = error
+
+    def _everywhere(self, work: Callable[[], Outcome]) -> list[Outcome]:
+        """Do `work` in all processes; returns what it gave in each, or raises in all what it raised in one."""
+        outcome: Any
+        try:
+            outcome = work()
+        except Exception as error:
+            outcome = error
+        outcomes = [outcome] * self.parts.ranks.world_size
+        if self._group is not None:
+            dist.all_gather_object(outcomes, outcome, self._group)
+        for one in outcomes:
+            if isinstance(one, Exception):
+                raise one
+        return outcomes
 
 
 def load_checkpoint(
-    path: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, fingerprint: str
+    path: Path, parts: Parts, optimizer: torch.optim.Optimizer, fingerprint: str
 ) -> TrainState:
     """Put weights, moments and random state back in place; returns the rest.
 
-    Raises `CheckpointError` when the checkpoint belongs to another recipe or data. It must be sound (`verify`).
+    The random state goes on for as many processes; for another number it is a new one, given by run and step (and
+    several processes begin every step with one of its own: `Ranks.reseed`). Raises `CheckpointError` when the
+    checkpoint belongs to another recipe or data. It must be sound (`verify`).
     """
     stored = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    random = stored.pop("random")
     try:
+        random, processes, tp = (stored.pop(name) for name in ("random", "processes", "tp"))
         state = TrainState(**stored)
-    except TypeError as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} was written by another version of Firefly; choose another output_dir."
         ) from error
@@ -126,17 +251,37 @@ def load_checkpoint(
             f"{path} belongs to a run with another recipe, base model or data, so going on would mix the two; "
             "choose another output_dir, undo the change, or delete the checkpoints of that run."
         )
-    weights = load_file(path / "model.safetensors")
-    if set(weights) != set(names):
+    weights = stored_tensors(path, "model")
+    if set(weights) != set(parts.local):
         raise CheckpointError(f"{path} holds the weights of another model; choose another output_dir.")
-    with torch.no_grad():
-        for name, parameter in names.items():
-            parameter.copy_(weights[name])
-    _restore_optimizer(load_file(path / "optimizer.safetensors"), names, optimizer)
-    torch.set_rng_state(_tensor(random["cpu"]))
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_tensor(random["cuda"]))
+    ranks = parts.ranks
+    same_layout = (processes, tp) == (ranks.world_size, ranks.tp)
+    for name in parts.local:
+        parts.put(name, parts.cut(name, weights[name]))
+    for key, value in stored_tensors(path, "optimizer").items():
+        name, _, rest = key.rpartition("/")
+        moment, _, owner = rest.partition("@")
+        if owner and not same_layout:
+            raise CheckpointError(
+                f"{path} holds 8-bit moments, which stay as they were shared out; go on with {processes} "
+                "processes and the same parallel section."
+            )
+        if not owner or int(owner) == ranks.rank:
+            part = parts.local[name]
+            # AdamW's fused kernel wants its step count beside the weights; the moments go there too.
+            own = value if owner else parts.cut(name, value)
+            optimizer.state[part][moment] = own.to(part.device, copy=True)
+    if same_layout:
+        _restore_random_state(random)
+    else:
+        torch.manual_seed(int(sha256_json([fingerprint, state.step])[:15], 16))
     return state
+
+
+def stored_tensors(path: Path, kind: str) -> dict[str, Tensor]:
+    """The "model" or "optimizer" tensors of a checkpoint by name, mapped from its files: read when they are used."""
+    files = sorted(path.glob(f"{kind}*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def verify(path: Path) -> None:
@@ -144,11 +289,11 @@ def verify(path: Path) -> None:
     try:
         text = (path / "manifest.json").read_bytes()
         manifest = json.loads(text)
-        digests = {name: manifest[name] for name in _FILES}
+        digests = {name: digest for name, digest in manifest.items() if name != "manifest"}
         whole = text == _manifest(digests).encode()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / 'manifest.json'} is missing or damaged.") from error
-    if not whole:
+    if not whole or "state.json" not in digests:
         raise CheckpointError(f"{path / 'manifest.json'} is damaged.")
     for name, digest in digests.items():
         if not (path / name).is_file() or sha256_file(path / name) != digest:
@@ -160,25 +305,57 @@ def _manifest(digests: dict[str, str]) -> str:
     return json.dumps(digests | {"manifest": sha256_json(digests)}, indent=2) + "\n"
 
 
-def _optimizer_tensors(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in names.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def _tensors(parts: Parts, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, str, Tensor]]:
+    """(kind of file, key in it, parameter, this process's part) of all that a checkpoint holds.
+
+    A key with @ and a rank is what cannot be put together: 8-bit moments, whose scales are those of a part's blocks.
+    """
+    for name, part in parts.local.items():
+        yield "model", name, name, part.detach()
+        moments: dict[str, Tensor] = optimizer.state.get(part, {})
+        alone = part.shape != parts.whole[name].shape and any(
+            moment.numel() > 1 and moment.shape != part.shape for moment in moments.values()
+        )
+        for key, moment in moments.items():
+            mark = f"@{parts.ranks.rank}" if alone else ""
+            yield "optimizer", f"{name}/{key}{mark}", name, moment.detach()
 
 
-def _restore_optimizer(
-    tensors: dict[str, Tensor], names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for path, tensor in tensors.items():
-        name, _, key = path.rpartition("/")
-        by_parameter.setdefault(name, {})[key] = tensor
-    for name, values in by_parameter.items():
-        parameter = names[name]
-        # AdamW's fused kernel wants its step count beside the weights; the moments go there too.
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in values.items()}
+def _share_out(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, int]]:
+    """Which process writes a tensor, and its bytes, by its key; all of them find the same.
+
+    Each goes to the one with the least so far; what cannot be put together stays where it is.
+    """
+    loads = [0] * parts.ranks.world_size
+    shares = {}
+    for _, key, name, value in _tensors(parts, optimizer):
+        whole = parts.whole[name] if value.shape == parts.local[name].shape else value
+        num_bytes = whole.numel() * value.element_size()
+        if "@" in key:
+            shares[key] = parts.ranks.rank, value.nbytes
+        else:
+            owner = loads.index(min(loads))
+            loads[owner] += num_bytes
+            shares[key] = owner, num_bytes
+    return shares
+
+
+def _file(kind: str, ranks: Ranks) -> str:
+    several = f"-{ranks.rank + 1:05}-of-{ranks.world_size:05}" if ranks.world_size > 1 else ""
+    return f"{kind}{several}.safetensors"
+
+
+def _random_state() -> dict[str, str]:
+    random = {"cpu": _text(torch.get_rng_state())}
+    if torch.cuda.is_available():
+        random["cuda"] = _text(torch.cuda.get_rng_state())
+    return random
+
+
+def _restore_random_state(random: dict[str, str]) -> None:
+    torch.set_rng_state(_tensor(random["cpu"]))
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_tensor(random["cuda"]))
 
 
 def _text(state: Tensor) -> str:

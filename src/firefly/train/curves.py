@@ -76,6 +76,27 @@ class Metrics:
             reporter.close()
 
 
+class UnwrittenMetrics(Metrics):
+    """Keeps the rows in memory: for the processes that do not write."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+
+    def rows(self) -> list[Row]:
+        """All rows of this process."""
+        return self._rows
+
+    def write(self, row: Row) -> None:
+        """Keep a row."""
+        self._rows.append(row)
+
+    def draw(self, at_once: bool = True) -> None:
+        """Draw nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics.jsonl up to the first that is not whole; none where there is no such file."""
     if not path.is_file():

@@ -16,12 +16,13 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from firefly.console import progress, say, warn
 from firefly.data.chatformat import open_format
@@ -36,13 +37,30 @@ from firefly.model.families import CausalModel, transformers_model
 from firefly.model.load import num_parameters, read_config, save_model, stored_dtype
 from firefly.model.shards import weight_files
 from firefly.recipe import Recipe, TrainSection
-from firefly.train.checkpoint import TrainState, load_checkpoint, newest_sound, save_checkpoint
-from firefly.train.curves import Metrics, note
+from firefly.train.checkpoint import (
+    Checkpoints,
+    TrainState,
+    load_checkpoint,
+    newest_sound,
+    stored_tensors,
+)
+from firefly.train.curves import Metrics, UnwrittenMetrics, note
 from firefly.train.devices import peak_flops, peak_memory_bytes, training_flops
 from firefly.train.objectives import Objective, make_objective, training_stream
+from firefly.train.offload import OffloadedParts, activations_away, with_offload
 from firefly.train.optim import learning_rate_at, make_optimizer
+from firefly.train.parallel import (
+    Parts,
+    Ranks,
+    before_micro_batch,
+    distribute,
+    is_whole,
+    process_group,
+    take_places,
+)
 from firefly.train.plan import num_steps, require_room, try_largest_batch
 from firefly.train.reporters import open_reporters, require_reporters
+from firefly.train.team import ALONE, Team
 from firefly.train.window import Window
 
 HARMLESS = frozenset(
@@ -57,6 +75,10 @@ HARMLESS = frozenset(
     }
 )
 """Options of a run that may change from one start to the next: the losses do not depend on them."""
+
+_SHARED = (
+    "all of them must read the same files; put these on a disk that the machines share, or copy them anew"
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,10 @@ class TrainResult:
     validation: dict[str, dict[str, float]]
 
 
-def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Path) -> TrainResult:
+@process_group()
+def train(
+    recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Path, team: Team = ALONE
+) -> TrainResult:
     """Train `model_dir` on a tokens directory; checkpoints go to `run`, the finished model to `out`.
 
     Goes on from the newest sound checkpoint in `run`. A full disk lets the run go on without that checkpoint, and
@@ -83,6 +108,9 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     section = recipe.train
     require_reporters(section.report_to)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = take_places(recipe, device)
+    if recipe.parallel.offload == "auto":
+        recipe = with_offload(recipe, read_config(model_dir), ranks)
     bf16_weights = section.weights != "float32"
     bf16 = (
         bf16_weights or section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
@@ -93,25 +121,33 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
     data = Tokens.open(tokens_dir, "train", tokenizer.sha256)
     held_out = Tokens.open(tokens_dir, "validation", tokenizer.sha256)
     chat_format = open_format(recipe.data.chat_format, tokenizer)
-    stream = training_stream(recipe, data)
+    stream = training_stream(recipe, data, ranks)
     if recipe.data.pack_length is not None:
         say(f"train: {stream.num_units:,} rows an epoch, {stream.efficiency:.2%} of their slots real tokens")
-    total_steps = num_steps(section, stream.num_units)
+    total_steps = num_steps(section, stream.num_units, ranks.dp)
     if section.warmup_steps >= total_steps:
         warn(
             f"train.warmup_steps = {section.warmup_steps} and the run has {total_steps} steps: "
             "the learning rate never reaches its peak; lower warmup_steps"
         )
 
-    if section.check:
+    if section.check and ranks.world_size == 1:
         require_room(recipe, read_config(model_dir), data, held_out, run)
-    model = load_for_training(model_dir, section, device, bf16)
+    shared = not is_whole(recipe.parallel, ranks)
+    model = load_for_training(
+        model_dir, section, torch.device("cpu") if shared else device, bf16, as_stored=shared
+    )
     if len(model.head) <= tokenizer.highest_id:
         raise ModelError(
             f"{model_dir} has {len(model.head)} embedding rows and its tokenizer the id {tokenizer.highest_id}; "
             "they are not of one model."
         )
     model.checkpoint_every = section.gradient_checkpointing
+    compiled = section.compile and compile_layers(model, device)
+    if shared:
+        distribute(model, recipe.parallel, ranks, bf16 and not bf16_weights)
+        if section.method == "full":
+            model.to(torch.bfloat16 if bf16_weights else torch.float32)
     every = transformers_model(model).named_parameters()  # a tied matrix once
     names = {name: parameter for name, parameter in every if parameter.requires_grad}
     num_learning = sum(parameter.numel() for parameter in names.values())
@@ -119,43 +155,42 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
         say(
             f"train: {section.method} adapters, {num_learning:,} of {num_parameters(model):,} parameters learn"
         )
-    compiled = section.compile and compile_layers(model, device)
-    optimizer = make_optimizer(names.values(), section, compiled)
+    parts = OffloadedParts(names, ranks) if recipe.parallel.offload == "optimizer" else Parts(names, ranks)
+    optimizer = make_optimizer(parts.local.values(), section, compiled)
 
-    fingerprint = _fingerprint(section, model_dir, tokens_dir, total_steps, recipe.data.pack_length)
+    fingerprint = _fingerprint(
+        section, model_dir, tokens_dir, total_steps, recipe.data.pack_length, ranks.dp, team
+    )
     num_batches = total_steps * section.gradient_accumulation_steps
     cache = run / "reference.safetensors"
-    objective = make_objective(
-        section, model, stream, num_batches, held_out, cache, fingerprint, device, bf16
-    )
-    state = _start_or_resume(recipe, run, names, optimizer, fingerprint, device)
+    objective = make_objective(section, model, stream, num_batches, held_out, cache, fingerprint, bf16, ranks)
+    state = _start_or_resume(recipe, run, parts, optimizer, fingerprint, ranks)
     if section.check and state.step < total_steps:
         try_largest_batch(model, optimizer, objective, stream, num_batches)
     packed = recipe.data.pack_length
-    window = Window(state.window, data, device, packed and packed * section.per_device_train_batch_size)
-    scale = _Scale.of(model, device, stream.num_units, total_steps, section)
+    window = Window(state.window, data, ranks, packed and packed * section.per_device_train_batch_size)
+    scale = _Scale.of(model, ranks, stream.num_units, total_steps, section)
     resumed_s, resumed_step, elapsed_before_s = time.monotonic(), state.step, state.elapsed_s
     next_save = _next_save(state.step, section.save_steps)
     with (
         _stop_signals() as stop,
-        Metrics(
-            run,
-            state.step,
-            open_reporters(section.report_to, run, state.step, recipe.name, section.model_dump()),
-        ) as metrics,
+        team.watching(recipe.parallel.hang_timeout_s),
+        _open_metrics(recipe, run, state.step, ranks) as metrics,
+        Checkpoints(run, parts, optimizer, section.save_total_limit) as checkpoints,
         progress("train", total_steps, "steps", state.step) as bar,
     ):
         while state.step < total_steps:
             began_s = time.monotonic()
             rate = learning_rate_at(state.step, total_steps, section)
+            ranks.reseed(section.seed, state.step)
             batches = _micro_batches(stream, state.step, section.gradient_accumulation_steps)
-            loss_sum, norm = _backward(
-                model, optimizer, objective, batches, device, section.max_grad_norm, data, window
+            loss_sum, norm, asked, save_failed = _backward(
+                model, parts, objective, batches, recipe, data, window, stop.asked, checkpoints.failed
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            parts.step(optimizer)
+            parts.zero_grad()
             state.step += 1
             state.trained_tokens += sum(len(batch.input_ids) for batch in batches)
             state.elapsed_s = elapsed_before_s + time.monotonic() - resumed_s
@@ -173,28 +208,34 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
             last = state.step == total_steps
             if last or (section.eval_steps and state.step % section.eval_steps == 0):
                 metrics.write({"step": state.step, "validation": objective.validate(model, held_out, device)})
-            if last or stop.asked or state.step >= next_save:
-                next_save = _next_save(state.step, section.save_steps)
-                state.window = window.state()
-                try:
-                    saved = save_checkpoint(run, names, optimizer, state, section.save_total_limit)
-                except DiskFullError as error:
-                    if last or stop.asked:
-                        raise
-                    next_save = min(next_save, state.step + max(1, section.save_steps // 10))
-                    warn(f"{error} Training goes on; the next checkpoint is tried at step {next_save}.")
-                metrics.draw(at_once=last or bool(stop.asked))
-                if stop.asked:
-                    raise Interrupted(
-                        f"stopped; {saved} is saved, run the same command to go on.", stop.asked
-                    )
+            try:
+                if save_failed:
+                    checkpoints.finish()
+                if last or asked or state.step >= next_save:
+                    next_save = _next_save(state.step, section.save_steps)
+                    state.window = window.state()
+                    saved = checkpoints.save(state)
+                    metrics.draw(at_once=last or bool(asked))
+                if last or asked:
+                    checkpoints.finish()
+            except DiskFullError as error:
+                if last or asked:
+                    raise
+                next_save = min(next_save, state.step + max(1, section.save_steps // 10))
+                warn(f"{error} Training goes on; the next checkpoint is tried at step {next_save}.")
+            if asked:
+                raise Interrupted(f"stopped; {saved} is saved, run the same command to go on.", asked)
 
-    export_dtype = stored_dtype(model_dir)
-    if section.method == "full":
-        save_model(model, model_dir, out, chat_format.template, export_dtype, chat_format.stop_ids)
-    else:
+    trained = stored_tensors(run / f"checkpoint-{state.step}", "model")
+    if ranks.main and section.method == "full":
+        weights = {name: trained[name] for name in parts.local}
+        save_model(
+            weights, model_dir, out, chat_format.template, stored_dtype(model_dir), chat_format.stop_ids
+        )
+    elif ranks.main:
         adapter = out.with_name("adapter")
-        save_adapter(model, adapter, chat_format.template, chat_format.stop_ids)
+        adapted = model if ranks.world_size == 1 else _with_adapter(model_dir, section, trained)
+        save_adapter(adapted, adapter, chat_format.template, chat_format.stop_ids)
         optimizer.state.clear()
         model.to("cpu")
         merge_adapter(model_dir, adapter, out)
@@ -215,25 +256,28 @@ def train(recipe: Recipe, model_dir: Path, tokens_dir: Path, run: Path, out: Pat
 def _start_or_resume(
     recipe: Recipe,
     run: Path,
-    names: dict[str, torch.nn.Parameter],
+    parts: Parts,
     optimizer: torch.optim.Optimizer,
     fingerprint: str,
-    device: torch.device,
+    ranks: Ranks,
 ) -> TrainState:
     """Go on from the newest checkpoint of `run`, or begin: freeze recipe and environment."""
-    for leftover in run.glob(".checkpoint-*"):  # of a process that was killed while it saved
-        shutil.rmtree(leftover)
-    newest = newest_sound(run)
+    device = ranks.device
+    if ranks.main:
+        for leftover in run.glob(".checkpoint-*"):  # of a process that was killed while it saved
+            shutil.rmtree(leftover)
+    newest = ranks.from_main(lambda: newest_sound(run))
     if newest is None:
-        write_atomic(run / "recipe.toml", recipe.to_toml())
-        write_json(run / "environment.json", _environment(device))
+        if ranks.main:
+            write_atomic(run / "recipe.toml", recipe.to_toml())
+            write_json(run / "environment.json", _environment(device))
         return TrainState(fingerprint=fingerprint, num_threads=torch.get_num_threads())
     if recipe.train.resume_from_checkpoint == "never":
         raise CheckpointError(
             f"{run} already holds checkpoints and train.resume_from_checkpoint is 'never'; "
             "choose another output_dir, or set it to 'auto' to go on."
         )
-    state = load_checkpoint(newest, names, optimizer, fingerprint)
+    state = load_checkpoint(newest, parts, optimizer, fingerprint)
     say(f"train: resuming from {newest.name}")
     if state.num_threads != torch.get_num_threads() and device.type == "cpu":
         warn(
@@ -244,43 +288,56 @@ def _start_or_resume(
 
 def _backward(
     model: CausalModel,
-    optimizer: torch.optim.Optimizer,
+    parts: Parts,
     objective: Objective,
     batches: list[Batch],
-    device: torch.device,
-    max_norm: float,
+    recipe: Recipe,
     data: Tokens,
     window: Window,
-) -> tuple[float, float]:
-    """Gradients of one step, clipped; returns the loss sum and the gradient norm before clipping.
+    asked: int,
+    save_failed: bool,
+) -> tuple[float, float, int, bool]:
+    """Gradients of one step, clipped; returns the loss sum, the gradient norm before clipping, and news.
 
-    Reading these two numbers is the step's only wait for the device. It cannot be put off: what is not finite must
+    The loss sum is that of all ranks, and so is the news: that one was `asked` to stop, or knows that a checkpoint
+    failed. Reading these numbers is the step's only wait for the device. It cannot be put off: what is not finite must
     stop the run before the update. It costs the device the time to begin the next step, far below a millisecond.
     """
+    ranks = parts.ranks
     model.train()
-    if sum(len(batch.target_ids) for batch in batches) == 0:
-        raise TrainingError(f"{_samples(batches, data)}: no token to learn in this batch; check the dataset.")
-    count = sum(len(objective.units(batch)) for batch in batches)
-    total = torch.zeros((), device=device)
+    counts = [(len(objective.units(batch)), len(batch.target_ids)) for batch in batches]
+    count, num_targets = ranks.sum(torch.tensor(counts).sum(0)).tolist()
+    if num_targets == 0:
+        raise TrainingError(
+            f"{_samples(batches, data, ranks)}: no token to learn in this batch; check the dataset."
+        )
+    total = torch.zeros((), device=ranks.device)
     for batch in batches:
-        loss = objective.loss(model, batch, device)
+        before_micro_batch(model, recipe.parallel, last=batch is batches[-1])
+        with activations_away(batch, ranks) if recipe.parallel.offload == "all" else nullcontext():
+            loss = objective.loss(model, batch, ranks.device)
         window.add_batch(batch, objective.units(batch), loss.each, loss.others)
         torch.autograd.backward(loss.total / count)
         total += loss.total.detach()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    loss_sum, norm = torch.stack([total, norm.to(total.dtype)]).tolist()
+    parts.take_gradients()
+    found = parts.clip(recipe.train.max_grad_norm)
+    if ranks.world_size > 1:
+        news = ranks.sum(torch.stack([total, total.new_tensor(asked), total.new_tensor(save_failed)]))
+        total, told, save_failed = news[0], int(news[1]), bool(news[2])
+        asked = told and (asked or signal.SIGTERM)
+    loss_sum, norm = torch.stack([total, found.to(total.dtype)]).tolist()
     if not math.isfinite(loss_sum + norm):
         raise TrainingError(
             f"The loss is {loss_sum / count} and the gradient norm {norm}; stopped before the update. "
-            f"{_samples(batches, data)}. Look at these samples, lower train.learning_rate, "
+            f"{_samples(batches, data, ranks)}. Look at these samples, lower train.learning_rate, "
             "or use precision = 'float32'; then run again to go on from the last checkpoint."
         )
-    return loss_sum, norm
+    return loss_sum, norm, asked, save_failed
 
 
-def _samples(batches: list[Batch], data: Tokens) -> str:
-    numbers = [number for batch in batches for number in batch.sample_ids]
+def _samples(batches: list[Batch], data: Tokens, ranks: Ranks) -> str:
+    mine = [number for batch in batches for number in batch.sample_ids]
+    numbers = dict.fromkeys(number for one in ranks.told(mine) for number in one)
     lines = [int(data.origins[number]) + 1 for number in numbers]
     return f"The samples are lines {', '.join(map(str, lines))} of the dataset's train.jsonl"
 
@@ -295,12 +352,29 @@ def _micro_batches(stream: TrainingStream, step: int, accumulation: int) -> list
 
 
 def _fingerprint(
-    section: TrainSection, model_dir: Path, tokens_dir: Path, total_steps: int, pack_length: int | None
+    section: TrainSection,
+    model_dir: Path,
+    tokens_dir: Path,
+    total_steps: int,
+    pack_length: int | None,
+    dp: int,
+    team: Team,
 ) -> str:
-    """What a checkpoint belongs to: options that change the losses, base weights, and data."""
-    options = section.model_dump(exclude={*HARMLESS, "max_steps", "num_train_epochs"})
+    """What a checkpoint belongs to: options that change the losses, base weights, and data.
+
+    Raises `LaunchError` where the ranks do not see the same files.
+
+    How a step's samples are dealt out to ranks and micro-batches changes nothing; how many they are does.
+    """
+    dealt = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    options = section.model_dump(exclude={*HARMLESS, *dealt, "max_steps", "num_train_epochs"})
+    options["samples_per_step"] = (
+        section.per_device_train_batch_size * section.gradient_accumulation_steps * dp
+    )
     weights = [sha256_file(path) for path in weight_files(model_dir)]
-    return sha256_json([options, total_steps, pack_length, weights, sha256_file(tokens_dir / "index.json")])
+    tokens = sha256_file(tokens_dir / "index.json")
+    team.same("files", {str(model_dir): sha256_json(weights)[:12], str(tokens_dir): tokens[:12]}, _SHARED)
+    return sha256_json([options, total_steps, pack_length, weights, tokens])
 
 
 @dataclass(frozen=True)
@@ -309,7 +383,7 @@ class _Scale:
 
     flops_per_token: int
     flops_per_target: int
-    peak_flops: float | None  # of the device; None where it is not known
+    peak_flops: float | None  # of all devices; None where it is not known
     device: torch.device
     num_units: int  # samples or packed rows in an epoch
     units_per_step: int
@@ -317,10 +391,18 @@ class _Scale:
 
     @classmethod
     def of(
-        cls, model: CausalModel, device: torch.device, num_units: int, total_steps: int, section: TrainSection
+        cls, model: CausalModel, ranks: Ranks, num_units: int, total_steps: int, section: TrainSection
     ) -> _Scale:
-        units_per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
-        return cls(*training_flops(model), peak_flops(device), device, num_units, units_per_step, total_steps)
+        units_per_step = section.per_device_train_batch_size * section.gradient_accumulation_steps * ranks.dp
+        peak = peak_flops(ranks.device)
+        return cls(
+            *training_flops(model),
+            peak and peak * ranks.world_size,
+            ranks.device,
+            num_units,
+            units_per_step,
+            total_steps,
+        )
 
 
 def _row(window: Window, step: int, rate: float, scale: _Scale) -> dict[str, Any]:
@@ -337,6 +419,24 @@ def _row(window: Window, step: int, rate: float, scale: _Scale) -> dict[str, Any
     units = step * scale.units_per_step
     row |= {"epoch": round(units / scale.num_units, 4), "sample": units % scale.num_units}
     return row | {"total_steps": scale.total_steps}
+
+
+def _open_metrics(recipe: Recipe, run: Path, step: int, ranks: Ranks) -> Metrics:
+    if not ranks.main:
+        return UnwrittenMetrics()
+    section = recipe.train
+    reporters = open_reporters(section.report_to, run, step, recipe.name, section.model_dump())
+    return Metrics(run, step, reporters)
+
+
+def _with_adapter(model_dir: Path, section: TrainSection, trained: dict[str, Tensor]) -> CausalModel:
+    """The base with the adapter that was `trained`, whole in this process."""
+    model = load_for_training(model_dir, section, torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in transformers_model(model).named_parameters():
+            if name in trained:
+                parameter.copy_(trained[name])
+    return model
 
 
 class _Stop:

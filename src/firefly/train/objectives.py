@@ -11,7 +11,7 @@ every answer that training will use, so no second model is kept and every method
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -24,15 +24,16 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from firefly.console import progress, watched
+from firefly.console import watched
 from firefly.data.loader import Batch, TrainingStream, in_order
 from firefly.data.tokens import Tokens
 from firefly.files import write_atomic
 from firefly.model.families import CausalModel
 from firefly.model.loss import linear_cross_entropy
 from firefly.model.packed import PackedInput
-from firefly.model.score import batch_loss, learned_states, loss_by_kind
+from firefly.model.score import batch_loss, learned_states, loss_by_sample, sum_by_kind
 from firefly.recipe import Recipe, TrainSection
+from firefly.train.parallel import ALONE, Ranks
 
 Scores = dict[str, dict[str, float]]
 
@@ -65,8 +66,8 @@ class Objective(Protocol):
 class NextToken:
     """sft and pretrain: cross-entropy of the learned tokens, in nats."""
 
-    def __init__(self, bf16: bool) -> None:
-        self.bf16 = bf16
+    def __init__(self, bf16: bool, ranks: Ranks = ALONE) -> None:
+        self.bf16, self.ranks = bf16, ranks
 
     def units(self, batch: Batch) -> NDArray[np.int64]:
         """Learned tokens."""
@@ -82,7 +83,9 @@ class NextToken:
         Bits per byte do not depend on the vocabulary, so they compare models with different tokenizers.
         """
         kinds = [tokens.kind_names[kind] for kind in tokens.kinds]
-        return loss_by_kind(model, _watched(tokens), kinds, tokens.target_bytes.tolist(), device, self.bf16)
+        batches = self.ranks.share(_watched(tokens))
+        found = loss_by_sample(model, batches, len(tokens), device, self.bf16)
+        return sum_by_kind(self.ranks.highest(found).cpu(), kinds, tokens.target_bytes.tolist())
 
 
 class Preference:
@@ -92,8 +95,11 @@ class Preference:
     reference's log-probabilities of the samples of the two splits [N].
     """
 
-    def __init__(self, beta: float, reference: Tensor, held_out: Tensor, bf16: bool) -> None:
+    def __init__(
+        self, beta: float, reference: Tensor, held_out: Tensor, bf16: bool, ranks: Ranks = ALONE
+    ) -> None:
         self.beta, self.reference, self.held_out, self.bf16 = beta, reference, held_out, bf16
+        self.ranks = ranks
 
     def units(self, batch: Batch) -> NDArray[np.int64]:
         """Pairs, by their chosen answers."""
@@ -117,21 +123,16 @@ class Preference:
         slope, _ = linear_cross_entropy(states, model.head, packed.target_ids, weights)
         return Loss(slope + (each.sum() - slope.detach()), each, _rewards(margins))
 
-    @torch.no_grad()
     def validate(self, model: CausalModel, tokens: Tokens, device: torch.device) -> Scores:
         """`loss`, `reward_accuracy` and `reward_margin` of the held-out pairs."""
-        was_training = model.training
-        model.eval()
-        kinds = [tokens.kind_names[kind] for kind in tokens.kinds]
+        batches = _watched(tokens, pairs=True)
+        log_probs = _log_probs(model, batches, len(tokens), device, self.bf16, self.ranks)
+        margins = self._margins(log_probs, list(range(len(tokens))), self.held_out)
+        figures = torch.stack([F.softplus(-margins), (margins > 0).float(), margins], dim=1).tolist()
         rows: dict[str, list[list[float]]] = {}
-        for batch in _watched(tokens, pairs=True):
-            log_probs = _log_probs(model, batch, device, self.bf16)
-            margins = self._margins(log_probs, batch.sample_ids, self.held_out)
-            for number, margin in zip(batch.sample_ids[::2], margins, strict=True):
-                row = [float(F.softplus(-margin)), float(margin > 0), float(margin)]
-                for name in (kinds[number], "all"):
-                    rows.setdefault(name, []).append(row)
-        model.train(was_training)
+        for kind, row in zip(tokens.kinds[::2], figures, strict=True):
+            for name in (tokens.kind_names[kind], "all"):
+                rows.setdefault(name, []).append(row)
         names = ("loss", "reward_accuracy", "reward_margin")
         return {
             kind: dict(zip(names, np.mean(found, axis=0).tolist(), strict=True))
@@ -161,12 +162,21 @@ def _sample_log_probs(batch: Batch, each: Tensor) -> Tensor:
     return torch.zeros(len(batch.sample_ids), device=each.device).index_add_(0, samples, -each)
 
 
-def _log_probs(model: CausalModel, batch: Batch, device: torch.device, bf16: bool) -> Tensor:
-    return _sample_log_probs(batch, batch_loss(model, PackedInput.of(batch, device), bf16)[1])
+def _log_probs(
+    model: CausalModel,
+    batches: Iterable[Batch],
+    num_samples: int,
+    device: torch.device,
+    bf16: bool,
+    ranks: Ranks,
+) -> Tensor:
+    """Log-probability of each sample's learned text [N], for the samples of `batches`, shared out among the ranks."""
+    found = loss_by_sample(model, ranks.share(batches), num_samples, device, bf16)
+    return -ranks.highest(found)[0].float().cpu()
 
 
-def training_stream(recipe: Recipe, tokens: Tokens) -> TrainingStream:
-    """The batches that a recipe trains on; raises `InputError` where the tokens have no pairs and dpo needs them."""
+def training_stream(recipe: Recipe, tokens: Tokens, ranks: Ranks = ALONE) -> TrainingStream:
+    """A rank's batches; raises `InputError` where the tokens have no pairs and dpo needs them."""
     train = recipe.train
     return TrainingStream(
         tokens,
@@ -174,6 +184,8 @@ def training_stream(recipe: Recipe, tokens: Tokens) -> TrainingStream:
         train.seed,
         learn_everything=train.objective == "pretrain",
         pack_length=recipe.data.pack_length,
+        rank=ranks.dp_rank,
+        world_size=ranks.dp,
         pairs=train.objective == "dpo",
     )
 
@@ -186,8 +198,8 @@ def make_objective(
     held_out: Tokens,
     cache: Path,
     fingerprint: str,
-    device: torch.device,
     bf16: bool,
+    ranks: Ranks,
 ) -> Objective:
     """The objective of a recipe; `model` must still be the untrained base.
 
@@ -195,22 +207,25 @@ def make_objective(
     in the file `cache`, for a run that goes on: reading them must give the very bits.
     """
     if section.objective != "dpo":
-        return NextToken(bf16)
+        return NextToken(bf16, ranks)
     found = _read_reference(cache, fingerprint)
-    if found is None:
-        used = {one for number in range(num_batches) for one in stream.sample_ids(number)}
+    if ranks.highest(torch.tensor(int(found is None))):  # on any rank
         found = {}
+        used = stream.samples_until(num_batches)
         for name, tokens, among in (("train", stream.tokens, used), ("validation", held_out, None)):
-            found[name] = torch.zeros(len(tokens))
-            with progress(f"reference {name}", len(among or tokens), "answers") as bar:
-                for batch in in_order(tokens, pairs=True, among=among):
-                    model.eval()
-                    with torch.no_grad():
-                        found[name][batch.sample_ids] = _log_probs(model, batch, device, bf16).cpu()
-                    bar.advance(len(batch.sample_ids))
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(cache, save(found, metadata={"fingerprint": fingerprint}))
-    return Preference(section.dpo_beta, found["train"], found["validation"], bf16)
+            asked = watched(
+                in_order(tokens, pairs=True, among=among),
+                f"reference {name}",
+                len(among or tokens),
+                "answers",
+                lambda batch: len(batch.sample_ids),
+            )
+            found[name] = _log_probs(model, asked, len(tokens), ranks.device, bf16, ranks)
+        if ranks.main:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cache, save(found, metadata={"fingerprint": fingerprint}))
+    assert found is not None
+    return Preference(section.dpo_beta, found["train"], found["validation"], bf16, ranks)
 
 
 def _read_reference(cache: Path, fingerprint: str) -> dict[str, Tensor] | None:

@@ -484,7 +484,7 @@ def try_largest_batch(
             "train.gradient_accumulation_steps. `firefly plan` says what fits."
         ) from error
     finally:
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
 
 
 def planned_config(recipe: Recipe, base: Path) -> dict[str, Any]:

@@ -16,21 +16,27 @@ from torch import Tensor
 
 from firefly.data.loader import Batch
 from firefly.data.tokens import Tokens
+from firefly.train.parallel import Ranks
 
 
 class Window:
     """Sums over steps. K kinds of samples, U units that the loss is a sum over: learned tokens, or pairs."""
 
     def __init__(
-        self, stored: dict[str, Any], data: Tokens, device: torch.device, slots_per_batch: int | None = None
+        self,
+        stored: dict[str, Any],
+        data: Tokens,
+        ranks: Ranks,
+        slots_per_batch: int | None = None,
     ) -> None:
         """Go on with the window that a checkpoint `stored`, or begin (`{}`).
 
         `slots_per_batch` is how many tokens a full batch of packed rows would hold; None: a batch has no padding.
         """
-        self.data, self.device, self.slots_per_batch = data, device, slots_per_batch
-        self._kinds = torch.arange(len(data.kind_names), device=device)[:, None]  # K 1
-        self._open(stored)
+        self.data, self.ranks, self.slots_per_batch = data, ranks, slots_per_batch
+        self.device = ranks.device
+        self._kinds = torch.arange(len(data.kind_names), device=self.device)[:, None]  # K 1
+        self._open(stored if ranks.main else {})  # sums over all ranks: one goes on with them
 
     def _open(self, stored: dict[str, Any]) -> None:
         zeros = [0] * len(self.data.kind_names)
@@ -68,16 +74,21 @@ class Window:
         self._seconds += seconds
 
     def state(self) -> dict[str, Any]:
-        """The open window as JSON values; on CUDA this waits for the device."""
+        """The open window of all ranks as JSON values; every rank must ask. On CUDA this waits for the device."""
+        counts = torch.tensor([*self._units, self._targets, self._tokens, self._slots])
+        *units, targets, tokens, slots = self.ranks.sum(counts).tolist()
+        names = sorted(self._others)
+        sums = torch.cat([self._losses, *(self._others[name].reshape(1) for name in names)])
+        summed = self.ranks.sum(sums).tolist()
         return {
             "loss": self._loss,
-            "losses": self._losses.tolist(),
+            "losses": summed[: len(units)],
             "grad_norm": self._norm,
-            "others": {name: float(value) for name, value in self._others.items()},
-            "units": self._units.tolist(),
-            "targets": self._targets,
-            "tokens": self._tokens,
-            "slots": self._slots,
+            "others": dict(zip(names, summed[len(units) :], strict=True)),
+            "units": units,
+            "targets": targets,
+            "tokens": tokens,
+            "slots": slots,
             "seconds": self._seconds,
         }
 
