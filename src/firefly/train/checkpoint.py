@@ -328,7 +328,10 @@ def _share_out(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[str, tupl
     for _, key, name, value in _tensors(parts, optimizer):
         whole = parts.whole[name] if value.shape == parts.local[name].shape else value
         num_bytes = whole.numel() * value.element_size()
-        owner = parts.ranks.rank if "@" in key else loads.index(min(loads))
+        if "@" in key:  # each process has such a key of its own, and all must come to the same shares
+            shares[key] = parts.ranks.rank, num_bytes
+            continue
+        owner = loads.index(min(loads))
         loads[owner] += num_bytes
         shares[key] = owner, num_bytes
     return shares
