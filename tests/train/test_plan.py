@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -329,3 +330,29 @@ def test_the_verb_needs_no_weights(
     assert result["parameters"]["total"] == num_parameters(load_model(small("bloom")[0]))
     assert result["fits"] and result["hours"] > 0 and not (tmp_path / "out").exists()
     assert sum(result["memory"].values()) == result["memory_bytes"]
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(110, "none"), (80, "optimizer"), (1, None)])
+def test_offload_auto_takes_the_least_that_fits(
+    small: Callable[[str], tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: int,
+    wanted: str | None,
+) -> None:
+    model, tokens = small("bloom")
+    config, data = read_config(model), [Tokens.open(tokens, split) for split in ("train", "validation")]
+    made = recipe_of(tmp_path, model, per_device_train_batch_size=2)
+    made = made.model_copy(update={"parallel": made.parallel.model_copy(update={"offload": "auto"})})
+    whole = make_plan(made, config, estimate_from(tokens), Device("large", "cuda", 1 << 40)).memory_bytes
+    framework = 700 << 20
+    room = Device("small", "cuda", framework + (whole - framework) * share // 100)
+    monkeypatch.setattr(plan, "this_device", lambda: room)
+    ranks: Any = SimpleNamespace(device=torch.device("cuda"), world_size=1, from_main=lambda decide: decide())
+    if wanted is None:
+        with pytest.raises(TrainingError, match="do not suffice"):
+            plan.with_offload(made, config, *data, ranks)
+        return
+    assert plan.with_offload(made, config, *data, ranks).parallel.offload == wanted
+    ranks.device = torch.device("cpu")
+    assert plan.with_offload(made, config, *data, ranks).parallel.offload == "none"

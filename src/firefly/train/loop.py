@@ -47,7 +47,7 @@ from firefly.train.checkpoint import (
 from firefly.train.curves import Metrics, UnwrittenMetrics, note
 from firefly.train.devices import peak_flops, peak_memory_bytes, training_flops
 from firefly.train.objectives import Objective, make_objective, training_stream
-from firefly.train.offload import OffloadedParts, activations_away, with_offload
+from firefly.train.offload import OffloadedParts, activations_away
 from firefly.train.optim import learning_rate_at, make_optimizer
 from firefly.train.parallel import (
     Parts,
@@ -58,7 +58,7 @@ from firefly.train.parallel import (
     process_group,
     take_places,
 )
-from firefly.train.plan import num_steps, require_room, try_largest_batch
+from firefly.train.plan import num_steps, require_room, try_largest_batch, with_offload
 from firefly.train.reporters import open_reporters, require_reporters
 from firefly.train.team import ALONE, Team
 from firefly.train.window import Window
@@ -109,8 +109,6 @@ def train(
     require_reporters(section.report_to)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = take_places(recipe, device)
-    if recipe.parallel.offload == "auto":
-        recipe = with_offload(recipe, read_config(model_dir), ranks)
     bf16_weights = section.weights != "float32"
     bf16 = (
         bf16_weights or section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
@@ -120,6 +118,7 @@ def train(
     tokenizer = ModelTokenizer.load(model_dir)
     data = Tokens.open(tokens_dir, "train", tokenizer.sha256)
     held_out = Tokens.open(tokens_dir, "validation", tokenizer.sha256)
+    recipe = with_offload(recipe, read_config(model_dir), data, held_out, ranks)
     chat_format = open_format(recipe.data.chat_format, tokenizer)
     stream = training_stream(recipe, data, ranks)
     if recipe.data.pack_length is not None:

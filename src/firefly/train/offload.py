@@ -21,34 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from firefly.console import say
 from firefly.data.loader import Batch
-from firefly.model.families import build
-from firefly.recipe import Recipe
 from firefly.train.parallel import Parts, Ranks
 
 _BUCKET_BYTES = 64 << 20  # of gradients that come down together, and are updated together
-
-
-def with_offload(recipe: Recipe, config: dict[str, Any], ranks: Ranks) -> Recipe:
-    """The recipe with parallel.offload = "auto" decided: the least that fits into the device's free memory.
-
-    A first reckoning: 16 bytes a parameter that learns (8 with the optimizer in main memory), a fifth of the memory
-    left for activations. Says what it chose.
-    """
-    choice = "none"
-    if ranks.device.type == "cuda":
-        with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in build(config).parameters())
-        sharded = ranks.dp // recipe.parallel.hsdp if recipe.parallel.zero else 1
-        free_bytes = 0.8 * torch.cuda.mem_get_info(ranks.device)[0]
-        a_rank = count / ranks.tp / sharded
-        choice = next(
-            (name for name, size in (("none", 16), ("optimizer", 8)) if size * a_rank < free_bytes), "all"
-        )
-        choice = ranks.from_main(lambda: choice)
-    say(f"train: parallel.offload = {choice}")
-    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"offload": choice})})
 
 
 class OffloadedParts(Parts):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from firefly.console import say
 from firefly.data.loader import TrainingStream
 from firefly.data.tokens import Tokens
 from firefly.errors import ModelError, RecipeError, TrainingError
@@ -31,6 +32,7 @@ from firefly.train.gpus import Device, free_memory_bytes, this_device
 from firefly.train.memory import BatchShape, Memory, depth_of
 from firefly.train.objectives import Objective, training_stream
 from firefly.train.optim import CompactAdamW, state_bytes
+from firefly.train.parallel import Ranks
 from firefly.train.ranks import Load, choose_offload, rank_memory
 from firefly.train.scaling import Batch, Cluster, Scaling, rank_of, scale
 from firefly.train.traffic import Layout
@@ -162,14 +164,16 @@ def placed(load: Load, layout: Layout, device: Device) -> Layout:
     """The layout with offload = auto decided, against the memory of `device` and this machine's free main memory."""
     if layout.offload != "auto":
         return layout
-    accumulation = load.train.gradient_accumulation_steps
+    return replace(layout, offload=_choose(load, layout, device)[0])
 
+
+def _choose(load: Load, layout: Layout, device: Device) -> tuple[str, str]:
     def need(offload: str) -> tuple[int, int]:
-        memory, host_bytes = rank_memory(load, replace(layout, offload=offload), accumulation)
+        at = replace(layout, offload=offload)
+        memory, host_bytes = rank_memory(load, at, load.train.gradient_accumulation_steps)
         return memory.total, host_bytes * layout.num_ranks
 
-    chosen, _why = choose_offload(need, device.memory_bytes, free_memory_bytes())
-    return replace(layout, offload=chosen)
+    return choose_offload(need, device.memory_bytes, free_memory_bytes())
 
 
 def _samples(train: TrainSection) -> int:
@@ -390,6 +394,31 @@ def _disk(load: Load, recipe: Recipe, steps: int) -> tuple[int, int, int]:
     return checkpoint, model, max(while_saving * checkpoint, kept * checkpoint + model)
 
 
+def with_offload(
+    recipe: Recipe, config: dict[str, Any], data: Tokens, held_out: Tokens, ranks: Ranks
+) -> Recipe:
+    """The recipe with parallel.offload = "auto" decided by the main rank, which says why.
+
+    A CPU has no other memory to put things into. Raises `TrainingError` when nothing fits.
+    """
+    if recipe.parallel.offload != "auto":
+        return recipe
+    chosen = "none"
+    if ranks.device.type == "cuda":
+        chosen = ranks.from_main(lambda: _reasoned_offload(recipe, config, data, held_out, ranks.world_size))
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"offload": chosen})})
+
+
+def _reasoned_offload(
+    recipe: Recipe, config: dict[str, Any], data: Tokens, held_out: Tokens, num_ranks: int
+) -> str:
+    device = this_device()
+    load = load_of(recipe, config, real_workload(recipe, data, held_out), device)
+    offload, why = _choose(load, Layout.of(recipe.parallel, num_ranks, load.num_heads), device)
+    say(f"train: {why}")
+    return offload
+
+
 def require_room(recipe: Recipe, config: dict[str, Any], data: Tokens, held_out: Tokens, run: Path) -> None:
     """Raise `TrainingError` with advice when memory or disk cannot hold the run of a recipe on this machine."""
 
@@ -410,7 +439,8 @@ def require_room(recipe: Recipe, config: dict[str, Any], data: Tokens, held_out:
         )
     if _generous_bytes(config, load.units.num_parameters, workload) < device.memory_bytes:
         return
-    memory, _ = rank_memory(load, Layout(), recipe.train.gradient_accumulation_steps)
+    layout = Layout.of(recipe.parallel, 1, load.num_heads)
+    memory, _ = rank_memory(load, layout, recipe.train.gradient_accumulation_steps)
     if memory.total > device.memory_bytes:
         ways = advise(recipe, config, estimate, device)
         raise TrainingError(
