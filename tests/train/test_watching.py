@@ -28,6 +28,7 @@ from firefly.train import loop
 from firefly.train.checkpoint import Checkpoints
 from firefly.train.curves import draw_comparison, draw_curves, note, scalars
 from firefly.train.devices import peak_flops, peak_flops_of, training_flops
+from firefly.train.parallel import Ranks
 from firefly.train.window import Window
 from tiny import recipe_table, write_pairs
 
@@ -77,7 +78,7 @@ def random_batch(rng: random.Random, num_samples: int) -> tuple[Batch, torch.Ten
 def test_a_window_sums_each_kind_and_goes_through_json(seed: int, num_kinds: int, stored_after: int) -> None:
     rng = random.Random(seed)
     data = tokens_of([rng.randrange(num_kinds) for _ in range(6)], num_kinds)
-    window, broken = Window({}, data, CPU, 100), Window({}, data, CPU, 100)
+    window, broken = Window({}, data, Ranks(CPU), 100), Window({}, data, Ranks(CPU), 100)
     sums, counts, tokens = defaultdict(float), defaultdict(int), 0
     for step in range(6):
         batch, losses = random_batch(rng, 6)
@@ -90,7 +91,7 @@ def test_a_window_sums_each_kind_and_goes_through_json(seed: int, num_kinds: int
             counts[kind] += 1
         tokens += len(batch.input_ids)
         if step == stored_after:
-            broken = Window(json.loads(json.dumps(broken.state())), data, CPU, 100)
+            broken = Window(json.loads(json.dumps(broken.state())), data, Ranks(CPU), 100)
     if not counts:
         return
     row, seconds = window.close()
@@ -112,7 +113,7 @@ class NoWait(TorchDispatchMode):
 
 def test_batches_are_counted_without_waiting_for_the_device() -> None:
     data = tokens_of([0, 1], 2)
-    window = Window({}, data, CPU)
+    window = Window({}, data, Ranks(CPU))
     batch, losses = random_batch(random.Random(1), 2)
     with NoWait():
         window.add_batch(batch, batch.target_samples, losses, {})

@@ -322,21 +322,18 @@ def _tensors(parts: Parts, optimizer: torch.optim.Optimizer) -> Iterator[tuple[s
 
 
 def _share_out(parts: Parts, optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, int]]:
-    """Which process writes a tensor, and its bytes, by its key; all of them find the same.
-
-    Each goes to the one with the least so far; what cannot be put together stays where it is.
-    """
+    """Which process writes a tensor, and its bytes, by its key: each in turn to the one with the least so far."""
     loads = [0] * parts.ranks.world_size
     shares = {}
     for _, key, name, value in _tensors(parts, optimizer):
         whole = parts.whole[name] if value.shape == parts.local[name].shape else value
         num_bytes = whole.numel() * value.element_size()
-        if "@" in key:
-            shares[key] = parts.ranks.rank, value.nbytes
-        else:
-            owner = loads.index(min(loads))
-            loads[owner] += num_bytes
-            shares[key] = owner, num_bytes
+        if "@" in key:  # each process has such a key of its own, and all must come to the same shares
+            shares[key] = parts.ranks.rank, num_bytes
+            continue
+        owner = loads.index(min(loads))
+        loads[owner] += num_bytes
+        shares[key] = owner, num_bytes
     return shares
 
 
