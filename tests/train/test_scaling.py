@@ -61,6 +61,7 @@ def test_offload_moves_what_it_says() -> None:
     assert away["total"] < optimizer["total"] < none["total"]
 
 
+@pytest.mark.nightly
 def test_seven_billion_parameters_train_in_40_gb_with_offload() -> None:
     recipe = a_recipe(per_device_train_batch_size=8, gradient_checkpointing=True)
     big = load_of(recipe, BLOOM_7B1, assumed_workload(recipe), find_gpu("H200"))
@@ -173,6 +174,7 @@ def a_recipe(**train: Any) -> Recipe:
     )
 
 
+@pytest.mark.nightly
 def test_advice_for_a_small_gpu_names_adapters_and_what_it_names_fits() -> None:
     recipe = a_recipe(per_device_train_batch_size=1, gradient_checkpointing=True)
     small = Device("small", "cuda", 6 * GIB)
