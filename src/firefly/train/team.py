@@ -242,8 +242,8 @@ class _Several(Team):
         """Rank 0 says that it has said it; where it has the store, it goes last."""
         self._mark(store, "told")
         if self._serves:
-            here = [r for r in range(1, self.world_size) if store.check([f"number/{r}"])]
-            self._wait_for(store, [f"left/{rank}" for rank in here], _LAST_WORDS_S)
+            # Also after those that have not come yet, and would look for the store in vain.
+            self._wait_for(store, [f"left/{rank}" for rank in range(1, self.world_size)], _LAST_WORDS_S)
 
     @staticmethod
     def _mark(store: Any, key: str) -> None:
