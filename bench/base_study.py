@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 import rows
-
 from firefly.recipe import Recipe
 from firefly.train.loop import TrainResult, train
 

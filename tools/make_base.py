@@ -23,14 +23,15 @@ from firefly.data.chatformat import open_format
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.files import read_json_lines
 
+TEXTS = ("chinese", "english", "others", "verse")
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")
 BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 """BLOOM's pre-tokenizer: a run without white space and without the punctuation of its languages."""
 
 
 def texts(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.glob("*.jsonl")):
-        for _, record in read_json_lines(path):
+    for name in TEXTS:
+        for _, record in read_json_lines(folder / f"{name}.jsonl"):
             yield record["text"]
 
 

@@ -3,6 +3,7 @@
     python tools/make_corpus.py --shared ../shared/data --out out/corpus
 
     verse.jsonl      regulated poems: with their titles, then again several to a page, then their middle couplets
+    rhymes.jsonl     the same poems by rhyme, as rhyme books order them, and the characters that rhyme in them
     chinese.jsonl    vernacular novels, classical prose, Wikipedia
     english.jsonl    novels, the King James Bible, Shakespeare
     others.jsonl     sentences in some twenty languages
@@ -18,14 +19,14 @@ import argparse
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-
-from make_samples import DEMO, antithetical, by_the_book, common_characters
 
 from firefly.data.literature import Verse, read_verse
 from firefly.evaluate.forms import verse_lines
+from firefly.evaluate.verse import judge_poem
 from firefly.files import read_json_lines, write_atomic
+from make_samples import DEMO, antithetical, by_the_book, common_characters
 
 PROSE = {  # file of plain text → characters taken of it, and the result it goes into
     "zh_classics_pd": (1_600_000, "chinese"),
@@ -49,13 +50,15 @@ def sample_lines() -> set[str]:
     lines: set[str] = set()
     for name in ("lushi.jsonl.gz", "jueju.jsonl.gz"):
         with gzip.open(DEMO / name, "rt", encoding="utf-8") as file:
-            lines.update(line for row in map(json.loads, file) for line in verse_lines("".join(row["content"])))
+            lines.update(
+                line for row in map(json.loads, file) for line in verse_lines("".join(row["content"]))
+            )
     return lines
 
 
-def regulated(pack: Path, left_out: set[str]) -> list[Verse]:
-    """Poems by the book, in common characters, each once, none with a line that is left out."""
-    poems: dict[str, Verse] = {}
+def regulated(pack: Path, left_out: set[str]) -> dict[Verse, str]:
+    """Poems by the book with their rhyme, in common characters, each once, none with a line that is left out."""
+    poems: dict[str, tuple[Verse, str]] = {}
     for _, record in read_json_lines(pack / "poem_poetry_source.jsonl.zst"):
         verse = read_verse(record["title"], record["content"])
         if (
@@ -65,11 +68,11 @@ def regulated(pack: Path, left_out: set[str]) -> list[Verse]:
             and left_out.isdisjoint(verse.lines)
             and by_the_book(verse.text)
         ):
-            poems[verse.group] = verse
-    return sorted(poems.values(), key=lambda verse: rank(verse.group))
+            poems[verse.group] = (verse, judge_poem(verse.text).rhyme)
+    return dict(sorted(poems.values(), key=lambda item: rank(item[0].group)))
 
 
-def verse_pages(poems: list[Verse]) -> Iterator[str]:
+def verse_pages(poems: Collection[Verse]) -> Iterator[str]:
     """Each poem under its title, poems of one form on pages, and couplets line by line on pages."""
     yield from (f"{verse.title}\n{verse.text}" for verse in poems)
     for turn in range(PAGES_OF["poems"]):
@@ -82,14 +85,29 @@ def verse_pages(poems: list[Verse]) -> Iterator[str]:
             yield from pages(("\n".join(pair) for pair in pairs), f"couplets{form}{turn}")
 
 
-def pages(texts: Iterable[str], order: str) -> Iterator[str]:
-    """Texts in an order of their own, blank lines between, to pages of `PAGE_CHARACTERS`."""
+def rhyme_pages(poems: dict[Verse, str]) -> Iterator[str]:
+    """Pages of poems of one form and rhyme; of characters in rhyme, a line a poem; and of those of one rhyme.
+
+    On such a page every line that rhymes says how the next one will: a small model learns from it what it would take
+    many times as much verse to notice.
+    """
+    for form, rhyme in sorted({(verse.form, rhyme) for verse, rhyme in poems.items()}):
+        fitting = (verse.text for verse, found in poems.items() if (verse.form, found) == (form, rhyme))
+        yield from pages(fitting, f"rhyme{form}{rhyme}")
+    closing = {verse: "".join(line[-1] for line in verse.lines[1::2]) for verse in poems}
+    yield from pages(closing.values(), "closing", "\n")
+    for rhyme in sorted(set(poems.values())):
+        yield from pages((closing[verse] for verse, found in poems.items() if found == rhyme), rhyme, "")
+
+
+def pages(texts: Iterable[str], order: str, between: str = "\n\n") -> Iterator[str]:
+    """Texts in an order of their own, to pages of `PAGE_CHARACTERS`."""
     page = ""
     for text in sorted(texts, key=lambda text: rank(order, text)):
         if page and len(page) + len(text) > PAGE_CHARACTERS:
             yield page
             page = ""
-        page += ("\n\n" if page else "") + text
+        page += (between if page else "") + text
     if page:
         yield page
 
@@ -121,7 +139,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 
 def main() -> None:
-    """Make the four files."""
+    """Make the five files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shared", type=Path, required=True, help="the folder with pack/ and text/")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
@@ -131,6 +149,7 @@ def main() -> None:
     poems = regulated(options.shared / "pack", left_out)
     print(f"{len(poems):,} poems by the book")
     write(options.out / "verse.jsonl", list(verse_pages(poems)))
+    write(options.out / "rhymes.jsonl", list(rhyme_pages(poems)))
     found: dict[str, list[str]] = {}
     for name, (num_characters, result) in PROSE.items():
         found.setdefault(result, []).extend(
