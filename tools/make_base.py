@@ -1,6 +1,9 @@
 """Make the seed of the embedded base: a byte-level BPE over the pre-training text, and random BLOOM weights.
 
-    python tools/make_base.py --text ../shared/data/text --out out/seed
+    python tools/make_base.py --corpus out/corpus --out out/seed
+
+Every Chinese character is a token of its own: a line of verse then has as many tokens as characters, and which tone and
+rhyme a token has is a fact about one character, which is what a model this small can learn.
 
 `firefly train src/firefly/demo/pretrain.toml` then trains it; see src/firefly/demo/README.md for every step.
 """
@@ -20,16 +23,7 @@ from firefly.data.chatformat import open_format
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.files import read_json_lines
 
-TEXTS = (
-    "zh_classics_pd",
-    "zh_wenyan_originals",
-    "zh_wikipedia_passages",
-    "en_public_domain",
-    "en_tinyshakespeare",
-    "other_languages",
-)
-"""Public domain, or of a licence that allows passing on what was learned from it; see NOTICE."""
-
+TEXTS = ("chinese", "english", "others", "verse")
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")
 BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 """BLOOM's pre-tokenizer: a run without white space and without the punctuation of its languages."""
@@ -37,15 +31,16 @@ BLOOM_SPLIT = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 def texts(folder: Path) -> Iterator[str]:
     for name in TEXTS:
-        for _, record in read_json_lines(folder / f"{name}.jsonl.zst"):
+        for _, record in read_json_lines(folder / f"{name}.jsonl"):
             yield record["text"]
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE shaped like BLOOM's."""
+    """A byte-level BPE shaped like BLOOM's, with Chinese characters apart."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
+            pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
             pre_tokenizers.Split(Regex(BLOOM_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -68,7 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--text", type=Path, required=True, help="folder of the plain text")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--corpus", type=Path, help="what make_corpus.py wrote")
+    source.add_argument("--tokenizer", type=Path, help="an earlier result, to take the tokenizer from")
     parser.add_argument("--out", type=Path, required=True, help="model directory to write")
     parser.add_argument("--vocab-size", type=int, default=16_384)
     parser.add_argument("--hidden-size", type=int, default=256)
@@ -78,7 +75,10 @@ def main() -> None:
     options = parser.parse_args()
 
     options.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(options.text, options.vocab_size)
+    if options.tokenizer:
+        tokenizer = Tokenizer.from_file(str(options.tokenizer / "tokenizer.json"))
+    else:
+        tokenizer = make_tokenizer(options.corpus, options.vocab_size)
     tokenizer.save(str(options.out / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

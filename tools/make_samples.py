@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from firefly.data.literature import FORMS, Verse, read_verse
+from firefly.evaluate.verse import judge_poem
 from firefly.files import read_json_lines, write_atomic
 
 DEMO = Path(__file__).parents[1] / "src" / "firefly" / "demo"
@@ -50,7 +51,8 @@ def common_characters(text: str) -> bool:
 
 
 def poems(pack: Path) -> Iterator[Row]:
-    """Tang before Song; in 律诗 no character of a middle couplet faces itself; each poem once."""
+    """Tang before Song, each poem once, and only regulated verse: tones and rhyme by the book (平水韵), and in 律诗 no
+    character of a middle couplet faces itself."""
     drawn: dict[str, list[tuple[bool, str, Row]]] = {form: [] for form in FORMS.values()}
     groups: set[str] = set()
     for _, record in read_json_lines(pack / "poem_poetry_source.jsonl.zst"):
@@ -65,6 +67,7 @@ def poems(pack: Path) -> Iterator[Row]:
             and 2 <= len(verse.title) <= 12
             and antithetical(verse)
             and verse.group not in groups
+            and by_the_book(verse.text)
         ):
             groups.add(verse.group)
             row = {
@@ -86,6 +89,12 @@ def form_of(row: Row) -> str:
     verse = read_verse(row["title"], row["content"])
     assert isinstance(verse, Verse)  # only verses are drawn
     return verse.form
+
+
+def by_the_book(text: str) -> bool:
+    """Whether a poem is regulated and rhymes, by the judge of `firefly verse`."""
+    judged = judge_poem(text)
+    return judged.regulated and judged.rhymed
 
 
 def antithetical(verse: Verse) -> bool:

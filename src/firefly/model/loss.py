@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """Memory for one chunk's float32 logits. Each chunk reads and writes the head's whole gradient once, so smaller ones
 are slower (on the CPU, 8 MiB take twice the time); larger ones gain nothing."""
 
