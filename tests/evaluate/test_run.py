@@ -32,6 +32,8 @@ from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
 from tiny import recipe_table, save_model_dir, write_pairs
 
+pytestmark = pytest.mark.pictures  # fixtures of the module draw theirs, and all must be the same bytes
+
 
 class Work:
     """A dataset for the tiny BLOOM, and its held-out questions."""

@@ -164,6 +164,11 @@ def assert_same(one: Path, other: Path) -> None:
         for kind, scores in was.get("validation", {}).items():
             assert row["validation"][kind] == pytest.approx(scores, abs=1e-5)
     assert len([row for row in found if "loss" in row]) == STEPS
+    ends = (
+        json.loads((max((place / "run").glob("checkpoint-*")) / "state.json").read_text())
+        for place in (one, other)
+    )
+    assert len({end["trained_tokens"] for end in ends}) == 1
     weights, others = (load_file(place / "model" / "model.safetensors") for place in (one, other))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():

@@ -183,7 +183,7 @@ def train(
             rate = learning_rate_at(state.step, total_steps, section)
             ranks.reseed(section.seed, state.step)
             batches = _micro_batches(stream, state.step, section.gradient_accumulation_steps)
-            loss_sum, norm, asked, save_failed = _backward(
+            done = _backward(
                 model, parts, objective, batches, recipe, data, window, stop.asked, checkpoints.failed
             )
             for group in optimizer.param_groups:
@@ -191,10 +191,10 @@ def train(
             parts.step(optimizer)
             parts.zero_grad()
             state.step += 1
-            state.trained_tokens += sum(len(batch.input_ids) for batch in batches)
+            state.trained_tokens += done.num_tokens
             state.elapsed_s = elapsed_before_s + time.monotonic() - resumed_s
 
-            window.add_step(loss_sum, norm, time.monotonic() - began_s)
+            window.add_step(done.loss_sum, done.norm, time.monotonic() - began_s)
             if state.step % section.logging_steps == 0 or state.step == total_steps:
                 left_s = (
                     (time.monotonic() - resumed_s) / (state.step - resumed_step) * (total_steps - state.step)
@@ -208,22 +208,22 @@ def train(
             if last or (section.eval_steps and state.step % section.eval_steps == 0):
                 metrics.write({"step": state.step, "validation": objective.validate(model, held_out, device)})
             try:
-                if save_failed:
+                if done.save_failed:
                     checkpoints.finish()
-                if last or asked or state.step >= next_save:
+                if last or done.asked or state.step >= next_save:
                     next_save = _next_save(state.step, section.save_steps)
                     state.window = window.state()
                     saved = checkpoints.save(state)
-                    metrics.draw(at_once=last or bool(asked))
-                if last or asked:
+                    metrics.draw(at_once=last or bool(done.asked))
+                if last or done.asked:
                     checkpoints.finish()
             except DiskFullError as error:
-                if last or asked:
+                if last or done.asked:
                     raise
                 next_save = min(next_save, state.step + max(1, section.save_steps // 10))
                 warn(f"{error} Training goes on; the next checkpoint is tried at step {next_save}.")
-            if asked:
-                raise Interrupted(f"stopped; {saved} is saved, run the same command to go on.", asked)
+            if done.asked:
+                raise Interrupted(f"stopped; {saved} is saved, run the same command to go on.", done.asked)
 
     trained = stored_tensors(run / f"checkpoint-{state.step}", "model")
     if ranks.main and section.method == "full":
@@ -285,6 +285,17 @@ def _start_or_resume(
     return state
 
 
+@dataclass(frozen=True)
+class _Done:
+    """What all ranks together did in a step: the sum of its losses, the gradient norm before clipping, and news."""
+
+    loss_sum: float
+    norm: float
+    num_tokens: int
+    asked: int  # the signal to stop, or 0
+    save_failed: bool
+
+
 def _backward(
     model: CausalModel,
     parts: Parts,
@@ -295,17 +306,17 @@ def _backward(
     window: Window,
     asked: int,
     save_failed: bool,
-) -> tuple[float, float, int, bool]:
-    """Gradients of one step, clipped; returns the loss sum, the gradient norm before clipping, and news.
+) -> _Done:
+    """Gradients of one step, clipped.
 
-    The loss sum is that of all ranks, and so is the news: that one was `asked` to stop, or knows that a checkpoint
-    failed. Reading these numbers is the step's only wait for the device. It cannot be put off: what is not finite must
-    stop the run before the update. It costs the device the time to begin the next step, far below a millisecond.
+    One rank may have been `asked` to stop, or know that a checkpoint failed; now all hear of it. Reading the numbers is
+    the step's only wait for the device. It cannot be put off: what is not finite must stop the run before the update.
+    It costs the device the time to begin the next step, far below a millisecond.
     """
     ranks = parts.ranks
     model.train()
-    counts = [(len(objective.units(batch)), len(batch.target_ids)) for batch in batches]
-    count, num_targets = ranks.sum(torch.tensor(counts).sum(0)).tolist()
+    counts = [(len(objective.units(one)), len(one.target_ids), len(one.input_ids)) for one in batches]
+    count, num_targets, num_tokens = ranks.sum(torch.tensor(counts).sum(0)).tolist()
     if num_targets == 0:
         raise TrainingError(
             f"{_samples(batches, data, ranks)}: no token to learn in this batch; check the dataset."
@@ -331,7 +342,7 @@ def _backward(
             f"{_samples(batches, data, ranks)}. Look at these samples, lower train.learning_rate, "
             "or use precision = 'float32'; then run again to go on from the last checkpoint."
         )
-    return loss_sum, norm, asked, save_failed
+    return _Done(loss_sum, norm, num_tokens, asked, save_failed)
 
 
 def _samples(batches: list[Batch], data: Tokens, ranks: Ranks) -> str:
