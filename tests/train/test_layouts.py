@@ -167,6 +167,7 @@ def test_what_is_saved_is_the_moment_of_saving(tmp_path: Path, monkeypatch: pyte
     """Training changes the weights while they are written, and the file does not see it."""
     from threading import Event
 
+    monkeypatch.setattr(checkpoint, "COPIES_FROM", {"cpu"})
     changed, real = Event(), checkpoint.save_file
 
     def late(*arguments: Any, **options: Any) -> None:
@@ -188,6 +189,7 @@ def test_what_is_saved_is_the_moment_of_saving(tmp_path: Path, monkeypatch: pyte
 def test_without_memory_for_a_copy_it_is_written_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(checkpoint, "COPIES_FROM", {"cpu"})
     monkeypatch.setattr(checkpoint, "free_memory_bytes", lambda: 1)
     network, checkpoints = small(tmp_path)
     path = checkpoints.save(TrainState(step=1))
@@ -199,6 +201,7 @@ def test_a_disk_that_is_full_is_noticed_beside_the_training_and_tried_again(
     tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
+    monkeypatch.setattr(checkpoint, "COPIES_FROM", {"cpu"})
     console.quiet(False)
     monkeypatch.setattr(console, "say", said.append)
     source = write_pairs(tmp_path / "pairs.jsonl")

@@ -7,7 +7,8 @@
 
 A checkpoint is built under a temporary name, fsynced, hashed and renamed; only then is an older one removed. One
 that was damaged since is found by its hashes and set aside, and the run goes on from the one before. The writing goes
-on beside the training, which waits only until the tensors are copied (or, where memory is short, until all is written).
+on beside the training, which waits only until the tensors are copied to main memory (or, where that is short or is the
+training's own, until all is written).
 
 Several processes write a share of the tensors each (model-00002-of-00008.safetensors), but every tensor whole. So no
 file tells how parameters were shared out; any number of processes goes on from it, each cutting out its own parts; and
@@ -100,6 +101,11 @@ def newest_sound(run: Path) -> Path | None:
     return None
 
 
+COPIES_FROM = {"cuda"}
+"""Devices whose tensors are copied and written beside the training. On a CPU a copy would take the training's memory,
+and the writing its cores."""
+
+
 class Checkpoints:
     """Writes a run's checkpoints, one at a time. Every process has one of these and saves at the same steps.
 
@@ -138,7 +144,8 @@ class Checkpoints:
         shares = _share_out(self.parts, self.optimizer)
         self._require_disk(sum(num_bytes for _, num_bytes in shares.values()))
         mine = sum(num_bytes for owner, num_bytes in shares.values() if owner == ranks.rank)
-        beside = mine * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) < free_memory_bytes() / 2
+        all_here = mine * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        beside = ranks.device.type in COPIES_FROM and all_here < free_memory_bytes() / 2
         files: dict[str, dict[str, Tensor]] = {_file(kind, ranks): {} for kind in ("model", "optimizer")}
         for kind, key, name, value in _tensors(self.parts, self.optimizer):
             whole = value if "@" in key else self.parts.gather(name, value)
