@@ -225,6 +225,7 @@ def train(
             if done.asked:
                 raise Interrupted(f"stopped; {saved} is saved, run the same command to go on.", done.asked)
 
+    optimizer.state.clear()  # room for what follows
     trained = stored_tensors(run / f"checkpoint-{state.step}", "model")
     if ranks.main and section.method == "full":
         weights = {name: trained[name] for name in parts.local}
@@ -235,7 +236,6 @@ def train(
         adapter = out.with_name("adapter")
         adapted = model if ranks.world_size == 1 else _with_adapter(model_dir, section, trained)
         save_adapter(adapted, adapter, chat_format.template, chat_format.stop_ids)
-        optimizer.state.clear()
         model.to("cpu")
         merge_adapter(model_dir, adapter, out)
     rows = metrics.rows()
