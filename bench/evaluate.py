@@ -2,15 +2,17 @@
 
     python bench/evaluate.py [--quick] [--model DIR] [--threads 2]
 
-The embedded base (or DIR) answers held-out questions of the demo's tasks on the CPU, in float32, greedily, each
-with its task's limit of tokens (twice the longest reference, 160 at most):
+The embedded base (or DIR) answers held-out questions of the demo's tasks on the CPU, in float32, greedily. Each answer
+has as many tokens as its reference, and end tokens do not end it: so the lengths are real ones, whatever the model
+makes of the questions.
 
     firefly   our generator, 16 answers at a time
     loop      transformers' generate, one prompt after the other
     batches   transformers' generate, 16 prompts at a time in the order they come, padded on the left
 
-Each way answers the same prompts, in alternation; counted are the tokens of the answers, end tokens included. Then
-`firefly evaluate` measures 2,000 examples as its users do: losses, sampled answers, metrics, intervals, report.
+Each way answers the same prompts, in alternation; counted are the tokens of the answers. Then `firefly evaluate`
+measures 2,000 examples as its users do: losses, sampled answers, metrics, intervals, report. A base that was not tuned
+answers in a word or two; DIR should be the demo's own model (out/demo/model) for that time to mean something.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,6 @@ import rows
 from firefly.console import quiet
 from firefly.data.chatformat import open_format
 from firefly.data.dataset import build_dataset
-from firefly.data.example import Example
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.evaluate.measure import Settings
 from firefly.evaluate.questions import Questions, read_questions
@@ -63,18 +65,15 @@ def demo_questions(folder: Path, count: int) -> Questions:
 
 
 def prompts_of(model: Path, questions: Questions, count: int) -> list[Prompt]:
-    """Prompts of the kinds in turn, each with its kind's limit."""
+    """Prompts of the kinds in turn, each to be answered with as many tokens as its reference has."""
     tokenizer = ModelTokenizer.load(model)
     chat_format = open_format("firefly", tokenizer)
-
-    def limit(group: Sequence[Example]) -> int:
-        return min(160, 2 * max(len(tokenizer.encode(example.target)) for example in group))
-
-    limits = {kind: limit(group) for kind, group in questions.items()}
     asked = [
-        Prompt(chat_format.render(group[number].messages[:-1]).ids, limits[kind])
+        Prompt(
+            chat_format.render(group[number].messages[:-1]).ids, len(tokenizer.encode(group[number].target))
+        )
         for number in range(max(map(len, questions.values())))
-        for kind, group in questions.items()
+        for group in questions.values()
         if number < len(group)
     ]
     return asked[:count]
@@ -82,7 +81,7 @@ def prompts_of(model: Path, questions: Questions, count: int) -> list[Prompt]:
 
 def firefly_answers(model: Path) -> Callable[[Sequence[Prompt]], list[list[int]]]:
     """Our generator."""
-    generator = open_generator(model, "cpu", open_format("firefly", ModelTokenizer.load(model)).stop_ids)
+    generator = replace(open_generator(model, "cpu"), eos_ids=())
 
     def answer(prompts: Sequence[Prompt]) -> list[list[int]]:
         found = dict(generator.answers(prompts, GREEDY, BATCH))
@@ -92,11 +91,12 @@ def firefly_answers(model: Path) -> Callable[[Sequence[Prompt]], list[list[int]]
 
 
 def hub_answers(model: Path, batch_size: int) -> Callable[[Sequence[Prompt]], list[list[int]]]:
-    """transformers' generate; a batch runs to the limit of its longest answer, and each is cut at its own."""
+    """transformers' generate; a batch runs to its longest answer, and each is cut at its own length."""
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
         network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        network.generation_config.eos_token_id = None
     end = ModelTokenizer.load(model).eos_id
 
     def answer(prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -112,12 +112,10 @@ def hub_answers(model: Path, batch_size: int) -> Callable[[Sequence[Prompt]], li
                 attention_mask=mask,
                 do_sample=False,
                 max_new_tokens=max(prompt.max_new_tokens for prompt in group),
-                eos_token_id=end,
                 pad_token_id=end,
             )
-            for prompt, row in zip(group, out[:, width:].tolist(), strict=True):
-                cut = row[: prompt.max_new_tokens]
-                answers.append(cut[: cut.index(end)] if end in cut else cut)
+            rows_of_ids = out[:, width:].tolist()
+            answers += [ids[: one.max_new_tokens] for one, ids in zip(group, rows_of_ids, strict=True)]
         return answers
 
     return answer
@@ -149,11 +147,7 @@ def main() -> None:
             for name, answer in ways.items():
                 start_s = time.perf_counter()
                 answers[name] = answer(prompts)
-                num_tokens = sum(
-                    min(len(ids) + 1, prompt.max_new_tokens)
-                    for ids, prompt in zip(answers[name], prompts, strict=True)
-                )
-                speeds[name].append(num_tokens / (time.perf_counter() - start_s))
+                speeds[name].append(sum(map(len, answers[name])) / (time.perf_counter() - start_s))
             told = ", ".join(f"{name} {found[-1]:,.0f} tokens/s" for name, found in speeds.items())
             print(f"run {turn + 1}: {told}", flush=True)
         same = sum(one == other for one, other in zip(answers["firefly"], answers["loop"], strict=True))

@@ -30,8 +30,9 @@ Counts = dict[str, list[int]]  # measure → [right, all]
 
 def count_couplet(question: str, reference: str, answer: str, counts: Counts) -> None:
     """Add one couplet; an answer that breaks off early has its missing positions wrong."""
-    given = given_line(question, line_lengths(reference))
-    assert given is not None, question  # every template of the task holds the line
+    found = given_line(question, line_lengths(reference))
+    assert found is not None, question  # every template of the task holds the line
+    given, _ = found
     judged = judge_couplet(given, answer)
     closing = characters(reference)[-1:]
     wanted = next(iter(tones(characters(given)[-1]) ^ {"平", "仄"}), None) or min(tones(closing))

@@ -129,9 +129,15 @@ def test_the_given_line_is_found_in_every_template(line: str) -> None:
     }
     given = [question for question in questions if line in question]
     assert len(given) >= 12
-    assert {given_line(question, line_lengths("清" * len(line))) for question in given} == {line}
+    shape = line_lengths("清" * len(line))
+    assert {given_line(question, shape) for question in given} == {(line, False)}
+
+
+def test_the_given_line_of_a_couplet_asked_backwards_is_its_second() -> None:
+    assert given_line("下联：清泉石上流\n上联：", [5]) == ("清泉石上流", True)
+    assert given_line("上联：明月松间照\n下联：", [5]) == ("明月松间照", False)
 
 
 def test_the_given_line_is_found_in_foreign_words_by_its_shape() -> None:
-    assert given_line("给我对个对子：厚积薄发，一鸣惊人", [4, 4]) == "厚积薄发，一鸣惊人"
+    assert given_line("给我对个对子：厚积薄发，一鸣惊人", [4, 4]) == ("厚积薄发，一鸣惊人", False)
     assert given_line("对个对子", [4, 4]) is None

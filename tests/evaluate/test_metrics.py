@@ -100,6 +100,12 @@ def test_couplets_and_poems_are_averaged_and_come_first() -> None:
     )
 
 
+@pytest.mark.parametrize(("answer", "right"), [("明月松间照", 1.0), ("明月松间流", 0.0), ("", 0.0)])
+def test_a_couplet_asked_backwards_is_judged_with_its_lines_in_order(answer: str, right: float) -> None:
+    asked = [Answered("下联：清泉石上流\n上联：", "明月松间照", answer)]
+    assert score("couplet", asked)["closing_tones"] == right
+
+
 def test_couplets_whose_given_line_is_lost_are_not_judged() -> None:
     assert "well_formed" not in score("couplet", answered(("黄河入海流", "黄河入海流")))
 

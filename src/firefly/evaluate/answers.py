@@ -117,16 +117,17 @@ def _listed(text: str) -> set[Edit]:
     return {(0, "", name) for part in _ITEMS.split(text) for name in names(part)}
 
 
-def given_line(question: str, shape: Sequence[int]) -> str | None:
-    """The couplet line inside a question: where the task's templates put it, else by the lengths of its phrases.
+def given_line(question: str, shape: Sequence[int]) -> tuple[str, bool] | None:
+    """The couplet line inside a question, and whether it is the second (下联): the answer then comes before it.
 
-    A question in foreign words is searched for the last run of characters with the shape; None when there is none.
+    The task's templates say where it is. A question in foreign words is searched for the last run of characters whose
+    phrases have the lengths of `shape`, which counts as a first line; None when there is none.
     """
     for pattern in _templates("couplet"):
         if match := pattern.fullmatch(question):
-            return match[1]
+            return match[1], match.lastgroup == "second"
     runs = [run for run in _RUN.findall(question) if [*line_lengths(run)] == [*shape]]
-    return runs[-1] if runs else None
+    return (runs[-1], False) if runs else None
 
 
 def _texts_in(question: str, metric: str) -> list[str]:
@@ -140,10 +141,22 @@ def _texts_in(question: str, metric: str) -> list[str]:
 
 @cache
 def _templates(metric: str) -> list[re.Pattern[str]]:
-    """Every template of a metric's tasks, with a group where each field goes."""
+    """Every template of a metric's tasks, with a group of its name where a field goes; again, it is the same text."""
     tasks = [task for task in load_tasks().values() if task.metric == metric]
     templates = [text for task in tasks for way in task.directions for text in way.templates]
-    return [re.compile(re.sub(r"\\{\w+\\}", "(.+)", re.escape(text)), re.DOTALL) for text in templates]
+    return [re.compile(_with_groups(re.escape(text)), re.DOTALL) for text in templates]
+
+
+def _with_groups(escaped: str) -> str:
+    met: set[str] = set()
+
+    def group(field: re.Match[str]) -> str:
+        name = field[1]
+        pattern = f"(?P={name})" if name in met else f"(?P<{name}>.+)"
+        met.add(name)
+        return pattern
+
+    return re.sub(r"\\{(\w+)\\}", group, escaped)
 
 
 def _clean(text: str) -> str:

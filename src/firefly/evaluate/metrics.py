@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -327,11 +327,14 @@ def _count_couplets(answered: Sequence[Answered]) -> Rows:
     """[well formed, the checks, even positions opposed, even positions, 1]; zeros where no given line is found."""
     rows = []
     for item in answered:
-        given = answers.given_line(item.question, forms.line_lengths(item.reference))
-        if given is None:
+        line = answers.given_line(item.question, forms.line_lengths(item.reference))
+        if line is None:
             rows.append([0.0] * (len(_COUPLET_CHECKS) + 4))
             continue
+        given, is_second = line
         found = judge_couplet(given, item.answer)
+        if is_second:  # the rule of the closing tones tells the lines apart; all others are mutual
+            found = replace(found, closing_tones=judge_couplet(item.answer, given).closing_tones)
         checks = [found.well_formed, *(getattr(found, name) for name in _COUPLET_CHECKS)]
         rows.append([*map(float, checks), sum(found.opposed), len(found.opposed), 1])
     return rows
