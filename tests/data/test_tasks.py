@@ -235,3 +235,7 @@ def test_another_template_makes_another_dataset(tmp_path: Path, monkeypatch: pyt
     mine = folder / "dictionary.toml"
     mine.write_text(mine.read_text("utf-8").replace("什么", "啥", 1), "utf-8")
     assert task_files_mark(["Dictionary", "Couplet"]) != first
+
+
+def test_a_kind_without_a_task_takes_nothing_from_the_task_files() -> None:
+    assert task_files_mark(["Verse", "Couplet"]) == task_files_mark(["Couplet"])

@@ -169,10 +169,13 @@ def load_tasks(folder: Path = TASKS_DIR) -> Mapping[str, Task]:
 
 
 def task_files_mark(kinds: Collection[str]) -> list[Any]:
-    """What a dataset of these tasks takes from the task files: their contents, and the weights of the others."""
-    names = sorted({task(kind).kind.lower() for kind in kinds})
-    contents = [sha256_file(TASKS_DIR / f"{name}.toml") for name in names]
-    weights = {kind: known.weight for kind, known in load_tasks().items() if known.weight != 1}
+    """What a dataset of these kinds takes from the task files: their contents, and the weights of the others.
+
+    A kind without a task, such as a source of plain text may have, takes nothing.
+    """
+    tasks = load_tasks()
+    contents = [sha256_file(TASKS_DIR / f"{kind.lower()}.toml") for kind in sorted({*kinds} & tasks.keys())]
+    weights = {kind: known.weight for kind, known in tasks.items() if known.weight != 1}
     return [contents, weights]
 
 
