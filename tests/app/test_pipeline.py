@@ -23,7 +23,7 @@ from firefly.app.pipeline import STAGES, RunResult
 from firefly.errors import CheckpointError, ModelError, OutputError, RecipeError
 from firefly.files import exclusive, sha256_file
 from firefly.recipe import Recipe
-from tiny import recipe_table, write_pairs
+from tiny import phrases, recipe_table, write_pairs
 
 Make = Callable[..., Recipe]
 
@@ -77,6 +77,23 @@ def test_a_changed_task_file_redoes_the_dataset(make: Make, monkeypatch: pytest.
     assert skipped(api.data(make())) == []
     monkeypatch.setattr("firefly.app.pipeline.task_files_mark", lambda _: ["another template"])
     assert "dataset" not in skipped(api.data(make()))
+
+
+def test_plain_text_of_a_kind_of_its_own_is_pretrained_on(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "prose.jsonl"
+    rng = random.Random(0)
+    lines = [json.dumps({"text": phrases(rng, 20)}) for _ in range(80)]
+    source.write_text("\n".join(lines), encoding="utf-8")
+    table = recipe_table(tmp_path / "out", tiny("bloom"), source, objective="pretrain", max_steps=20)
+    table["data"]["sources"] = [{"path": str(source), "importer": "text", "task": "Fiction"}]
+    table["data"] |= {"pack_length": 64}
+    result = api.train(Recipe.from_table(table)).stages["train"].result
+    rows = [*map(json.loads, (tmp_path / "out" / "run" / "metrics.jsonl").read_text("utf-8").splitlines())]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert {*result["validation"]} >= {"Fiction"}
 
 
 def test_evaluate_takes_the_output_directory(
