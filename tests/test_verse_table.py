@@ -69,3 +69,15 @@ def test_poems_rhyme_by_the_book(old: str, rhymes: int) -> None:
 def test_a_repeated_line_is_no_poem() -> None:
     line = POEM.split("\n")[0]
     assert not TOOL["right_form"]("写一首五言绝句", POEM, f"{line}\n{line}")
+
+
+def test_every_answer_is_counted_for_every_model() -> None:
+    scores = {"held_out": {"AncientPoem": {"bits_per_byte": 2.0}}, "answers": {}}
+    results = {
+        "models": {"base": scores, "tuned": {**scores, "held_out": {"AncientPoem": {"bits_per_byte": 1.5}}}}
+    }
+    asked = {"kind": "AncientPoem", "question": "写一首五言绝句", "reference": POEM}
+    answers = [asked | {"answers": {"base": "春眠", "tuned": POEM}}] * 10
+    lines = TOOL["table"](results, answers)
+    assert "| poems: right form | 10 | 0.0% | 100.0% |" in lines
+    assert "| bits per byte: AncientPoem | | 2.000 | 1.500 (-25%) |" in lines

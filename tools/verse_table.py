@@ -2,7 +2,7 @@
 
     firefly demo
     firefly evaluate out/demo evaluate.generations_per_kind=500
-    python tools/verse_table.py out/demo/evaluation/results.json
+    python tools/verse_table.py out/demo/evaluation
 
 Couplets: the answer has as many characters as the line that was given; its tones are opposed at the even positions (all
 of them are counted, so one wrong position costs one position); it closes in the tone opposite to the given line's.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,15 @@ def _add(counts: Counts, measure: str, *right: bool) -> None:
     entry[1] += len(right)
 
 
-def table(results: dict[str, Any]) -> list[str]:
+def table(results: dict[str, Any], answers: Iterable[dict[str, Any]]) -> list[str]:
     """Markdown: a row a measure, a column a model; then bits per byte of every task."""
     judges = {"Couplet": count_couplet, "AncientPoem": count_poem}
     models = list(results["models"])
     by_model: defaultdict[str, Counts] = defaultdict(dict)
-    for sample in results["samples"]:
-        if judge := judges.get(sample["kind"]):
+    for row in answers:
+        if judge := judges.get(row["kind"]):
             for name in models:
-                judge(sample["question"], sample["reference"], sample["answers"][name], by_model[name])
+                judge(row["question"], row["reference"], row["answers"][name], by_model[name])
     lines = [f"| held out | number | {' | '.join(models)} |", "|---|--:|" + "--:|" * len(models)]
     for measure, (_, number) in by_model[models[0]].items():
         shares = [right / total for right, total in (by_model[name][measure] for name in models)]
@@ -95,8 +96,11 @@ def table(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", type=Path, help="results.json of firefly evaluate")
-    print("\n".join(table(json.loads(parser.parse_args().results.read_text("utf-8")))))
+    parser.add_argument("folder", type=Path, help="what firefly evaluate wrote: results.json, answers.jsonl")
+    folder = parser.parse_args().folder
+    results = json.loads((folder / "results.json").read_text("utf-8"))
+    answers = map(json.loads, (folder / "answers.jsonl").read_text("utf-8").splitlines())
+    print("\n".join(table(results, answers)))
 
 
 if __name__ == "__main__":
