@@ -4,6 +4,7 @@
 
     verse.jsonl      regulated poems: with their titles, then again several to a page, then their middle couplets
     rhymes.jsonl     the same poems by rhyme, as rhyme books order them, and the characters that rhyme in them
+    forms.jsonl      as many poems of each form, under its name or under the characters that begin its lines
     chinese.jsonl    vernacular novels, classical prose, Wikipedia
     english.jsonl    novels, the King James Bible, Shakespeare
     others.jsonl     sentences in some twenty languages
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from firefly.data.literature import Verse, read_verse
 from firefly.evaluate.forms import verse_lines
-from firefly.evaluate.verse import judge_poem
+from firefly.evaluate.verse import acrostic, judge_poem
 from firefly.files import read_json_lines, write_atomic
 from make_samples import DEMO, antithetical, by_the_book, common_characters
 
@@ -38,6 +39,8 @@ PROSE = {  # file of plain text → characters taken of it, and the result it go
 }
 PAGE_CHARACTERS = 220
 PAGES_OF = {"poems": 1, "couplets": 2}  # how often each comes back, every time in other company
+POEMS_OF_A_FORM = 6000
+HEADINGS = ("{form}\n{title}", "{title}（{form}）", "{form}《{title}》", "{title}\n{form}", "{heads}")
 
 
 def rank(*parts: str) -> str:
@@ -100,6 +103,16 @@ def rhyme_pages(poems: dict[Verse, str]) -> Iterator[str]:
         yield from pages((closing[verse] for verse, found in poems.items() if found == rhyme), rhyme, "")
 
 
+def form_pages(poems: Collection[Verse]) -> Iterator[str]:
+    """Poems under headings as anthologies have them, which tell how many lines there will be, and how long."""
+    for form in sorted({verse.form for verse in poems}):
+        fitting = [verse for verse in poems if verse.form == form][:POEMS_OF_A_FORM]
+        for number, verse in enumerate(fitting):
+            heading = HEADINGS[number % len(HEADINGS)]
+            heads = acrostic(verse.text)
+            yield heading.format(form=form, title=verse.title, heads=heads) + f"\n{verse.text}"
+
+
 def pages(texts: Iterable[str], order: str, between: str = "\n\n") -> Iterator[str]:
     """Texts in an order of their own, to pages of `PAGE_CHARACTERS`."""
     page = ""
@@ -139,7 +152,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 
 def main() -> None:
-    """Make the five files."""
+    """Make the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shared", type=Path, required=True, help="the folder with pack/ and text/")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
@@ -150,6 +163,7 @@ def main() -> None:
     print(f"{len(poems):,} poems by the book")
     write(options.out / "verse.jsonl", list(verse_pages(poems)))
     write(options.out / "rhymes.jsonl", list(rhyme_pages(poems)))
+    write(options.out / "forms.jsonl", list(form_pages(poems)))
     found: dict[str, list[str]] = {}
     for name, (num_characters, result) in PROSE.items():
         found.setdefault(result, []).extend(
