@@ -79,7 +79,8 @@ def make_tokens(folder: Path, model: Path, num_samples: int) -> Path:
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(np.log(110), 0.7, NUM_SAMPLES).astype(int), 16, LIMIT)[:num_samples]
     borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    ids = random.integers(3, VOCAB, borders[-1]).astype(np.uint16)
+    # By Zipf's law, so that there is something to learn.
+    ids = (2 + (VOCAB - 2) ** random.random(borders[-1])).astype(np.uint16)
     mask = np.concatenate([np.arange(length) >= int(0.45 * length) for length in lengths]).astype(np.uint8)
     for split, count in (("train", num_samples), ("validation", 1)):
         place = folder / split
