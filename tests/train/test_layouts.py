@@ -19,8 +19,9 @@ from firefly import api, console
 from firefly.errors import CheckpointError
 from firefly.recipe import Recipe
 from firefly.train import checkpoint
-from firefly.train.checkpoint import Checkpoints, TrainState, newest_sound, stored_tensors
+from firefly.train.checkpoint import Checkpoints, TrainState, load_checkpoint, newest_sound, stored_tensors
 from firefly.train.loop import train
+from firefly.train.optim import CompactAdamW
 from firefly.train.parallel import Parts, Ranks
 from tiny import recipe_table, write_pairs
 
@@ -147,10 +148,32 @@ def test_8_bit_moments_stay_as_they_were_shared_out(tiny: Callable[[str], Path],
     bench = Bench(tmp_path, tiny("bloom"), optimizer="adamw_8bit")
     bench.go_on_from("zero3", "same")
     bench.go_on_from("zero3", "other")
-    bench.train({"zero3": "zero3", "same": "zero3"})
+    bench.go_on_from("alone", "more")
+    bench.train({"alone": "alone"})
+    bench.train({"zero3": "zero3", "same": "zero3", "more": "zero3"})
     assert losses(tmp_path / "same") == losses(tmp_path / "zero3")[SAVED:]
+    assert "8-bit moments" in (tmp_path / "more.error").read_text("utf-8")
     with pytest.raises(CheckpointError, match=r"8-bit moments.*go on with 2 processes"):
         bench.train({"other": "alone"})
+
+
+@pytest.mark.parametrize(("before", "after", "told"), [(1, 2, "1 process and"), (2, 1, "2 processes and")])
+def test_8_bit_moments_under_another_layout_are_refused(
+    tmp_path: Path, before: int, after: int, told: str
+) -> None:
+    """Whole ones as those of parts: their scales are of blocks, which other parts do not share."""
+    network = torch.nn.Linear(20, 30)
+    optimizer = CompactAdamW([{"params": list(network.parameters())}], 0.1, eight_bit=True)
+    network(torch.ones(20)).sum().backward()
+    optimizer.step()
+    parts = Parts(dict(network.named_parameters()), Ranks(torch.device("cpu")))
+    with Checkpoints(tmp_path, parts, optimizer, keep=1) as checkpoints:
+        path = checkpoints.save(TrainState(step=1))
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"processes": before}))
+    parts.ranks = Ranks(torch.device("cpu"), 0, after)
+    with pytest.raises(CheckpointError, match=f"holds 8-bit moments.*go on with {told} the same parallel"):
+        load_checkpoint(path, parts, optimizer, "")
 
 
 # --- beside the training --------------------------------------------------------------------------------------------

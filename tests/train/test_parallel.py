@@ -65,6 +65,9 @@ REFUSED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "hsdp-zero-0": (2, {"hsdp": 2}, {}),
     "compact": (2, {"zero": 0}, {"optimizer": "adamw_8bit"}),
     "dora": (1, {"tp": 2}, {"method": "dora"}),
+    "qlora-tp": (1, {"tp": 2}, {"method": "qlora"}),
+    "qlora-zero-3": (2, {"zero": 3}, {"method": "qlora"}),
+    "qlora-offload": (2, {"offload": "all"}, {"method": "qlora"}),
 }
 
 
@@ -209,6 +212,18 @@ def test_offload_changes_nothing(trainings: dict[str, Trainings], offload: str) 
         ("hsdp-zero-0", "parallel.zero = 0 shards nothing"),
         ("compact", "would drift apart; use parallel.zero 1 to 3"),
         ("dora", "train.method = 'dora' needs whole rows"),
+        (
+            "qlora-tp",
+            "which cannot be split; use parallel.zero 0 to 2 with tp = 1 and without offload = 'all'",
+        ),
+        (
+            "qlora-zero-3",
+            "which cannot be split; use parallel.zero 0 to 2 with tp = 1 and without offload = 'all'",
+        ),
+        (
+            "qlora-offload",
+            "which cannot be split; use parallel.zero 0 to 2 with tp = 1 and without offload = 'all'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(

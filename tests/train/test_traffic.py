@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from firefly.model.families import CausalModel
 from firefly.model.load import load_model, read_config
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss
+from firefly.model.split import split
+from firefly.train.memory import depth_of
 from firefly.train.traffic import (
     Layout,
     Message,
@@ -86,12 +89,10 @@ def test_four_processes_send_what_the_formula_says(tiny: Callable[[str], Path]) 
     in_processes(check, 4, [(tiny("bloom"), layout, 3, True) for layout in layouts])
 
 
-def check_tensor_parallel(_rank: int, folder: Path) -> None:
-    from firefly.model.split import split
-
-    config, batch = read_config(folder), a_batch()
-    for recomputed in (False, True):
-        model = load_model(folder)
+def check_tensor_parallel(_rank: int, folders: list[Path]) -> None:
+    batch = a_batch()
+    for folder, recomputed in product(folders, (False, True)):
+        config, model = read_config(folder), load_model(folder)
         split(model, init_device_mesh("cpu", (2,)))
         model.checkpoint_every = int(recomputed)
         counted = counted_bytes(lambda model=model: batch_loss(model, batch)[0].backward())  # type: ignore[misc]
@@ -104,14 +105,13 @@ def check_tensor_parallel(_rank: int, folder: Path) -> None:
             recomputed,
         )
         sums = [one.num_bytes * one.times for one in around]
-        sums += [one.num_bytes * one.times * config["n_layer"] for one in layer]
-        assert counted == {"all_reduce": sum(sums)}, counted
+        sums += [one.num_bytes * one.times * depth_of(config) for one in layer]
+        assert counted == {"all_reduce": sum(sums)}, (folder, recomputed, counted)
 
 
 def test_tensor_parallel_ranks_sum_what_the_formula_says(tiny: Callable[[str], Path]) -> None:
-    """BLOOM's fused projections; a family with separate ones sums their inputs' gradients one by one, or adds first."""
-    pytest.importorskip("firefly.model.split")  # where tensor parallelism lives
-    in_processes(check_tensor_parallel, 2, tiny("bloom"))
+    """Four times a layer, whether one projection reads the states or several do."""
+    in_processes(check_tensor_parallel, 2, [tiny(family) for family in ("bloom", "llama")])
 
 
 def test_what_a_ring_sends() -> None:

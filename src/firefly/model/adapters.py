@@ -11,7 +11,7 @@ the plain transformers model, and the other way round. Needs the extra `lora`, o
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,9 +24,18 @@ from torch import Tensor, nn
 
 from firefly.errors import ModelError, ProofError, RecipeError, choices
 from firefly.files import directory_atomic, require_disk, write_json
-from firefly.model.families import CausalModel, transformers_model
-from firefly.model.load import load_model, save_model, state_to_save, stored_dtype
+from firefly.model.families import CausalModel, build, transformers_model
+from firefly.model.load import (
+    fill_parts,
+    load_model,
+    read_config,
+    restore_buffers,
+    save_model,
+    state_to_save,
+    stored_dtype,
+)
 from firefly.model.packed import PackedInput
+from firefly.model.shards import weight_files
 from firefly.recipe import Method, TrainSection
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -68,29 +77,68 @@ def require_method(method: Method) -> None:
 
 
 def load_for_training(
-    directory: Path, section: TrainSection, device: torch.device, bf16: bool = False, as_stored: bool = False
+    directory: Path,
+    section: TrainSection,
+    device: torch.device,
+    bf16: bool = False,
+    share: Callable[[CausalModel], None] | None = None,
 ) -> CausalModel:
     """The model of a directory, ready to train: with adapters on a frozen base unless the method is full.
 
     The base's linear layers are held in NF4 by qlora, else in bf16 where the products run in it anyway (the same
-    numbers, in half the memory). With `as_stored`, weights that train whole keep the dtype of their file, whose pages
-    all processes of a machine share. Raises `RecipeError` for an unknown target module.
+    numbers, in half the memory). `share` lays a model out among several ranks; it comes from the meta device, and then
+    each rank reads its own parts alone. Raises `RecipeError` for an unknown target module.
     """
+    if share is not None and section.method in ("full", "lora"):
+        config, files = read_config(directory), weight_files(directory)
+        model = empty_model(config, section)
+        restore_buffers(model, config, device)
+        if section.method == "lora":
+            _attach_drawn(model, section, directory)
+            round_frozen(model, bf16)
+        share(model)
+        fill_parts(model, files)
+        return model
     if section.method == "qlora":
         # By way of main memory, so that the device never holds more than the 4-bit model and one layer.
         model = load_model(directory, "cpu", stored_dtype(directory))
         quantize(transformers_model(model), device, bf16)
     else:
         dtype = torch.float32 if section.weights == "float32" else torch.bfloat16
-        keep = as_stored and section.method == "full"
-        model = load_model(directory, device, stored_dtype(directory) if keep else dtype)
+        model = load_model(directory, device if share is None else "cpu", dtype)
     if section.method != "full":
         attach(model, section, directory)
-        if bf16 and section.method != "qlora":
-            for layer in linear_layers(transformers_model(model)).values():
-                if not layer.weight.requires_grad:
-                    layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    if section.method in ("lora", "dora"):
+        round_frozen(model, bf16)
+    if share is not None:  # after all, as NF4 and DoRA's lengths are made of whole matrices
+        share(model)
     return model
+
+
+def empty_model(config: dict[str, Any], section: TrainSection) -> CausalModel:
+    """The base of a config.json on the meta device, in the dtype of the recipe and not that of the file."""
+    plain = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    with torch.device("meta"):
+        model = build(plain)
+    return model if section.weights == "float32" else model.to(torch.bfloat16)
+
+
+def round_frozen(model: CausalModel, bf16: bool) -> None:
+    """Keep linear layers that do not learn in bf16, where the products run in it."""
+    for layer in linear_layers(transformers_model(model)).values() if bf16 else ():
+        if not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.to(torch.bfloat16)
+
+
+def _attach_drawn(model: CausalModel, section: TrainSection, base: Path) -> None:
+    """`attach` to a base on the meta device, where peft would put the adapters, too, and their random numbers."""
+    layers = list(linear_layers(transformers_model(model)).values())
+    weights = [layer.weight for layer in layers]
+    for layer in layers:
+        layer.weight = nn.Parameter(torch.empty(0))
+    attach(model, section, base)
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight = weight.requires_grad_(False)
 
 
 def attach(model: CausalModel, section: TrainSection, base: Path) -> None:

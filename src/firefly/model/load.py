@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from firefly.errors import ModelError
 from firefly.files import directory_atomic, require_disk, write_json
 from firefly.model.families import CausalModel, HubModel, build, require_supported, transformers_model
 from firefly.model.shards import weight_files
+from firefly.model.split import part_of
 
 COMPANIONS = (
     "generation_config.json",
@@ -78,39 +80,74 @@ def fill(
 ) -> CausalModel:
     """Give a meta-device model its weights from safetensors files, and its buffers their values."""
     inner = transformers_model(model)
-    expected = set(inner.state_dict())
-    found: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as weights:
-                for raw in weights.keys():  # noqa: SIM118 - safe_open is not a dict
-                    name = _full_name(raw, expected)
-                    if name is not None:
-                        found[name] = weights.get_tensor(raw).to(dtype)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is damaged ({error}); fetch the model again.") from error
+    expected = inner.state_dict()
+    found = {name: stored[:].to(dtype) for name, stored in _stored(files, expected, device)}
     if config.get("tie_word_embeddings", True) and "lm_head.weight" in expected:
         found.setdefault("lm_head.weight", found.get("model.embed_tokens.weight", torch.empty(0)))
-    if missing := sorted(expected - set(found)):
-        raise ModelError(
-            f"{files[0].parent} lacks the tensor {missing[0]} ({len(missing)} in all); fetch it again."
-        )
-    for name, parameter in inner.state_dict().items():
-        if found[name].shape != parameter.shape:
-            raise ModelError(
-                f"{files[0].parent}: {name} has the shape {tuple(found[name].shape)}, config.json asks for "
-                f"{tuple(parameter.shape)}; config.json and weights are not of one model."
-            )
+    _require_all(expected, set(found), files)
     inner.load_state_dict(found, assign=True)
     if isinstance(model, HubModel):
         model.inner.tie_weights()
-    _restore_buffers(model, config, device)
+    restore_buffers(model, config, device)
     for parameter in inner.parameters():
         parameter.requires_grad_(True)
     return model
 
 
-def _full_name(name: str, expected: set[str]) -> str | None:
+@torch.no_grad()
+def fill_parts(model: CausalModel, files: list[Path]) -> None:
+    """Read this rank's parts of the weights from safetensors files, and no more, into a model that is laid out.
+
+    Adapters, which no file has, are left as they are.
+    """
+    if isinstance(model, HubModel):
+        model.inner.tie_weights()
+    expected = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in transformers_model(model).named_parameters()
+        if ".lora_" not in name
+    }
+    found = set()
+    for name, stored in _stored(files, expected):
+        found.add(name)
+        parameter = expected[name]
+        if not isinstance(parameter, DTensor):
+            parameter.copy_(stored[:])
+        elif (part := parameter.to_local()).numel():
+            part.copy_(stored[part_of(parameter)])
+    _require_all(expected, found, files)
+
+
+def _stored(
+    files: list[Path], expected: Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Any]]:
+    """The tensors of some files that are `expected`, by the model's names; read only where they are indexed."""
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as weights:
+                for raw in weights.keys():  # noqa: SIM118 - safe_open is not a dict
+                    name = _full_name(raw, expected)
+                    if name is None:
+                        continue
+                    stored = weights.get_slice(raw)
+                    if tuple(stored.get_shape()) != expected[name].shape:
+                        raise ModelError(
+                            f"{path.parent}: {name} has the shape {tuple(stored.get_shape())}, config.json asks for "
+                            f"{tuple(expected[name].shape)}; config.json and weights are not of one model."
+                        )
+                    yield name, stored
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged ({error}); fetch the model again.") from error
+
+
+def _require_all(expected: Mapping[str, Tensor], found: set[str], files: list[Path]) -> None:
+    if missing := sorted(set(expected) - found):
+        raise ModelError(
+            f"{files[0].parent} lacks the tensor {missing[0]} ({len(missing)} in all); fetch it again."
+        )
+
+
+def _full_name(name: str, expected: Mapping[str, Tensor]) -> str | None:
     """The model's name of a checkpoint tensor; hub files often leave the base model's prefix out."""
     for prefix in ("", "transformer.", "model."):
         if prefix + name in expected:
@@ -118,7 +155,7 @@ def _full_name(name: str, expected: set[str]) -> str | None:
     return None
 
 
-def _restore_buffers(model: CausalModel, config: dict[str, Any], device: torch.device) -> None:
+def restore_buffers(model: CausalModel, config: dict[str, Any], device: torch.device) -> None:
     """Buffers that are no weights (slopes, rotary frequencies) were made on the meta device: make them again."""
     if not any(buffer.is_meta for buffer in model.buffers()):
         return

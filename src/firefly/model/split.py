@@ -5,16 +5,18 @@
     vocabulary   each rank holds some rows of the embedding and of the output matrix
 
 A family says which of its layers are split how (`CausalModel.tp_plan`), in the words of transformers' plans. Norms and
-the states between layers are the same on every rank.
+the states between layers are the same on every rank. So a layer sums four times: its states after attention and after
+the MLP, and their gradients before either (not before each of the matrices that read them).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -26,6 +28,25 @@ from torch.distributed.tensor.parallel import (
 from firefly.errors import RecipeError
 from firefly.model.bloom import Bloom
 from firefly.model.families import CausalModel, transformers_model
+
+
+def part_of(parameter: DTensor, first: int = 0) -> tuple[slice, ...]:
+    """What of the whole parameter lies on this rank, cut along the dimensions of its mesh from `first` on.
+
+    Tensor parallelism, the last dimension, has cut first, and FSDP what that left: the contrary of what DTensor makes
+    of its placements where numbers do not divide.
+    """
+    bounds = [[0, length] for length in parameter.shape]
+    mesh, places = parameter.device_mesh, parameter.device_mesh.get_coordinate()
+    assert places is not None
+    for number in reversed(range(first, mesh.ndim)):
+        cut = getattr(parameter.placements[number], "dim", None)
+        if cut is not None:  # else it is whole along this dimension of the mesh
+            start, stop = bounds[cut]
+            each = -(-(stop - start) // mesh.size(number))
+            start = min(start + each * places[number], stop)
+            bounds[cut] = [start, min(start + each, stop)]
+    return tuple(slice(*one) for one in bounds)
 
 
 def require_divisible(model: CausalModel, tp: int) -> None:
@@ -40,16 +61,20 @@ def require_divisible(model: CausalModel, tp: int) -> None:
 def split(model: CausalModel, mesh: DeviceMesh) -> None:
     """Share layers, embedding and head of a whole model among the ranks of a one-dimensional mesh, in place."""
     styles: dict[str, ParallelStyle] = {
-        "colwise": ColwiseParallel(),
+        "colwise": _Columns(),
+        "colwise, summed": ColwiseParallel(),
         "rowwise": RowwiseParallel(),
         # Norms of single heads: a rank sees its own heads alone, so their gradients are summed.
         "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),
     }
     learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    blocks = {name.rpartition(".")[0] for name, how in model.tp_plan.items() if how == "colwise"}
     for layer in model.layers:
         for name, how in model.tp_plan.items():
-            for inner, style in _inside(layer.get_submodule(name), how):
+            for inner, style in _inside(layer.get_submodule(name), how, mesh):
                 parallelize_module(inner, mesh, styles[style], src_data_rank=None)
+        for block in blocks:
+            _hook_input(layer.get_submodule(block), mesh, Partial(), Replicate())
     _split_vocabulary(model, mesh)
     if isinstance(model, Bloom):
         model.slopes = model.slopes.chunk(mesh.size())[mesh.get_local_rank()]
@@ -57,7 +82,7 @@ def split(model: CausalModel, mesh: DeviceMesh) -> None:
         parameter.requires_grad_(learns[name])
 
 
-def _inside(module: nn.Module, how: str) -> Iterator[tuple[nn.Module, str]]:
+def _inside(module: nn.Module, how: str, mesh: DeviceMesh) -> Iterator[tuple[nn.Module, str]]:
     """What is split of a layer's module: itself, or with an adapter the base and the adapter's matrix at the cut."""
     children = dict(module.named_children())
     if "base_layer" not in children:
@@ -65,7 +90,39 @@ def _inside(module: nn.Module, how: str) -> Iterator[tuple[nn.Module, str]]:
         return
     yield children["base_layer"], how
     for matrix in children["lora_B" if how == "colwise" else "lora_A"].children():
-        yield matrix, how
+        yield matrix, "colwise, summed" if how == "colwise" else how
+    if how == "colwise":
+        for matrix in children[
+            "lora_A"
+        ].children():  # whole on every rank, and so is what it knows of its gradient
+            _hook_input(matrix, mesh, Replicate(), Partial())
+
+
+class _Columns(ColwiseParallel):
+    """Some columns of a matrix, which leave the gradient of their input a part of a sum."""
+
+    @staticmethod
+    def _prepare_input_fn(
+        _layouts: Any, _wanted: Any, _module: Any, inputs: Any, mesh: DeviceMesh
+    ) -> DTensor:
+        return DTensor.from_local(
+            inputs[0], mesh, [Replicate()], run_check=False, grad_placements=[Partial()]
+        )
+
+
+def _hook_input(module: nn.Module, mesh: DeviceMesh, inside: Placement, outside: Placement) -> None:
+    """A module's input stays as it is; its gradient, which the module makes as `inside`, leaves it as `outside`."""
+
+    def passed(states: Tensor) -> Tensor:
+        shared = DTensor.from_local(states, mesh, [Replicate()], run_check=False, grad_placements=[outside])
+        return shared.to_local(grad_placements=[inside])
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (passed(args[0]), *args[1:]), named
+        return args, named | {"hidden_states": passed(named["hidden_states"])}
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _split_vocabulary(model: CausalModel, mesh: DeviceMesh) -> None:

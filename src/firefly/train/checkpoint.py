@@ -268,10 +268,13 @@ def load_checkpoint(
     for key, value in stored_tensors(path, "optimizer").items():
         name, _, rest = key.rpartition("/")
         moment, _, owner = rest.partition("@")
-        if owner and not same_layout:
+        in_blocks = (
+            value.numel() > 1 and value.shape != weights[name].shape
+        )  # scales of a parameter that was whole
+        if (owner or in_blocks) and not same_layout:
             raise CheckpointError(
                 f"{path} holds 8-bit moments, which stay as they were shared out; go on with {processes} "
-                "processes and the same parallel section."
+                f"process{'es' if processes > 1 else ''} and the same parallel section."
             )
         if not owner or int(owner) == ranks.rank:
             part = parts.local[name]

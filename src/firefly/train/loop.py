@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,10 @@ def train(
 
     if section.check and ranks.world_size == 1:
         require_room(recipe, read_config(model_dir), data, held_out, run)
-    shared = not is_whole(recipe.parallel, ranks)
-    model = load_for_training(
-        model_dir, section, torch.device("cpu") if shared else device, bf16, as_stored=shared
-    )
+    share = None
+    if not is_whole(recipe.parallel, ranks):
+        share = partial(distribute, section=recipe.parallel, ranks=ranks, bf16=bf16 and not bf16_weights)
+    model = load_for_training(model_dir, section, device, bf16, share)
     if len(model.head) <= tokenizer.highest_id:
         raise ModelError(
             f"{model_dir} has {len(model.head)} embedding rows and its tokenizer the id {tokenizer.highest_id}; "
@@ -143,10 +144,6 @@ def train(
         )
     model.checkpoint_every = section.gradient_checkpointing
     compiled = section.compile and compile_layers(model, device)
-    if shared:
-        distribute(model, recipe.parallel, ranks, bf16 and not bf16_weights)
-        if section.method == "full":
-            model.to(torch.bfloat16 if bf16_weights else torch.float32)
     every = transformers_model(model).named_parameters()  # a tied matrix once
     names = {name: parameter for name, parameter in every if parameter.requires_grad}
     num_learning = sum(parameter.numel() for parameter in names.values())

@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from firefly.data.loader import Batch
-from firefly.model.adapters import attach, linear_layers
-from firefly.model.families import CausalModel, build, transformers_model
+from firefly.model.adapters import attach, empty_model, linear_layers, round_frozen
+from firefly.model.families import CausalModel, transformers_model
 from firefly.model.loss import CHUNK_BYTES
 from firefly.model.packed import PackedInput
 from firefly.model.score import token_losses
@@ -305,24 +305,20 @@ def _batch(shape: BatchShape, train: TrainSection) -> Batch:
 
 
 def on_meta(config: dict[str, Any], train: TrainSection, bf16: bool) -> CausalModel:
-    """The model as training holds it, in the dtypes of the recipe and not that of config.json, without numbers."""
-    plain = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    """The model as training holds it, in the dtypes of the recipe, without numbers."""
+    model = empty_model(config, train)
+    if train.method == "full":
+        return model
     with torch.device("meta"):
-        model = build(plain)
-        inner = transformers_model(model)
-        if train.weights != "float32":
-            model.to(torch.bfloat16)
-        if train.method == "full":
-            return model
         attach(model, train, Path())
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        if train.method != "qlora":
+            round_frozen(model, bf16)
+            return model
+        inner, dtype = transformers_model(model), torch.bfloat16 if bf16 else torch.float32
         for name, layer in linear_layers(inner).items():
-            if train.method == "qlora":
-                cast(Any, inner.get_submodule(name)).base_layer = _Nf4(layer, dtype)
-            elif not layer.weight.requires_grad:
-                layer.weight.data = layer.weight.data.to(dtype)
+            cast(Any, inner.get_submodule(name)).base_layer = _Nf4(layer, dtype)
         for parameter in inner.parameters():
-            if train.method == "qlora" and parameter.ndim > 1 and not parameter.requires_grad:
+            if parameter.ndim > 1 and not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     return model
 

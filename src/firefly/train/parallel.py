@@ -35,11 +35,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from firefly.errors import RecipeError
 from firefly.model.families import CausalModel
-from firefly.model.split import require_divisible, split
+from firefly.model.split import part_of, require_divisible, split
 from firefly.recipe import ParallelSection, Recipe
 
 Item = TypeVar("Item")
@@ -213,24 +213,35 @@ def is_whole(section: ParallelSection, ranks: Ranks) -> bool:
 
 
 def distribute(model: CausalModel, section: ParallelSection, ranks: Ranks, bf16: bool) -> None:
-    """Share a whole model in main memory among the ranks, in place; its parameters are DTensors then.
+    """Share a model in main memory or on the meta device among the ranks, in place; its parameters are DTensors then.
 
     With `bf16`, weights travel as bf16 and gradients are summed in float32. Frozen weights, which nobody updates, stay
-    whole unless zero is 3.
+    whole unless zero is 3. What was on the meta device has memory afterwards, for this rank's part, and no values.
     """
     assert ranks.mesh is not None
     if ranks.tp > 1:
         require_divisible(model, ranks.tp)
         split(model, ranks.mesh["tp"])
     away = section.offload == "all"
-    if not away and (ranks.dp == 1 or section.zero == 0):
-        model.to(ranks.device)  # nothing is shared among the ranks with samples of their own
-        return
-    by_layer = _stage(section) == 3
+    if away or (ranks.dp > 1 and section.zero > 0):
+        _shard(model, section, ranks, bf16)
+    home = torch.device("cpu") if away else ranks.device
+
+    def settle(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return torch.empty_like(tensor, device=home)
+        # Away from the device, FSDP2 has put everything where it belongs.
+        return tensor if away or tensor.device.type == home.type else tensor.to(home)
+
+    model._apply(settle)
+
+
+def _shard(model: CausalModel, section: ParallelSection, ranks: Ranks, bf16: bool) -> None:
+    """Share the parameters among the ranks with samples of their own, layer by layer."""
+    assert ranks.mesh is not None
+    away, by_layer = section.offload == "all", _stage(section) == 3
     one_replica = ranks.mesh["replicate"].size() == 1
     whole = set() if by_layer else {p for p in model.parameters() if not p.requires_grad}
-    for parameter in whole:
-        parameter.data = parameter.data.to(ranks.device)
     on_gpu = ranks.device.type == "cuda"
     policy = MixedPrecisionPolicy(
         torch.bfloat16 if bf16 else None, torch.float32 if bf16 else None, cast_forward_inputs=False
@@ -337,26 +348,28 @@ class Parts:
 
     def gather(self, name: str, part: Tensor) -> Tensor:
         """Put the parts of something shaped like parameter `name` together again; all ranks must ask."""
-        parameter = self.whole[name]
+        parameter, whole = self.whole[name], part
         if not isinstance(parameter, DTensor) or part.shape != self.local[name].shape:
             return part
-        whole = DTensor.from_local(
-            part.to(self.ranks.device),
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-        return whole.full_tensor()
+        assert self.ranks.mesh is not None
+        for number, place in enumerate(parameter.placements):
+            if not place.is_replicate():
+                shape = [one.stop - one.start for one in part_of(parameter, first=number + 1)]
+                mesh = self.ranks.mesh[_mesh_of(parameter)[number]]
+                shard = Shard(place.dim)  # type: ignore[attr-defined]
+                stride = torch.empty(shape, device="meta").stride()
+                whole = whole.to(self.ranks.device)
+                whole = DTensor.from_local(
+                    whole, mesh, [shard], run_check=False, shape=torch.Size(shape), stride=stride
+                ).full_tensor()
+        return whole
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of something shaped like parameter `name`."""
         parameter = self.whole[name]
         if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
             return whole
-        mesh, places = parameter.device_mesh, parameter.placements
-        return distribute_tensor(whole.to(self.ranks.device), mesh, places, src_data_rank=None).to_local()
+        return whole[part_of(parameter)].to(self.ranks.device)
 
 
 def _mesh_of(parameter: Tensor) -> tuple[str, ...]:

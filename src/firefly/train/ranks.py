@@ -102,7 +102,8 @@ def rank_memory(load: Load, layout: Layout, accumulation: int) -> tuple[Memory, 
         return memory_at_peak(load.phases, load.device_kind), 0
     mine, shards = load.units.of_rank(layout.tp), layout.size("shard")
     every, stored = mine.num_parameters, load.stored_bytes
-    room = min(every, sum(map(prod, mine.root)) + (1 + PREFETCH) * sum(map(prod, mine.layer)))
+    root = sum(map(prod, mine.root))
+    room = min(every, root + (1 + PREFETCH) * sum(map(prod, mine.layer)))
     gathered_bytes = min(load.widths.weight, stored)
     gradient_bytes, state_bytes = (
         size * load.learned_share for size in (load.widths.gradient, load.optimizer_bytes)
@@ -116,9 +117,9 @@ def rank_memory(load: Load, layout: Layout, accumulation: int) -> tuple[Memory, 
     else:
         weights = stored * every
     if away or layout.zero >= 2 or (layout.zero == 1 and accumulation == 1):
-        gradients = gradient_bytes * room + (0 if away else gradient_bytes * every / shards)
+        kept, working = 0 if away else gradient_bytes * every / shards, gradient_bytes * room
     else:
-        gradients = gradient_bytes * every
+        kept, working = gradient_bytes * every, 0
     states = state_bytes * every / shards
     # The optimizer that runs in main memory has float32 weights and gradients there.
     moved = {"none": 0, "optimizer": states + 8 * load.learned_share * every / shards}
@@ -126,13 +127,23 @@ def rank_memory(load: Load, layout: Layout, accumulation: int) -> tuple[Memory, 
 
     gathered = away or shards > 1
     phases = load.gathered_phases if gathered else load.phases
-    most = max(phase["gradients"] for phase in phases) or 1
+    alone = 4 * load.learned if adapters else phases[0]["weights"]
+
+    def gradients(of_all: int) -> int:
+        """Of the `of_all` bytes on one device alone."""
+        made = min(1.0, of_all / alone)
+        # Beyond one for each weight: those of a tied matrix from both its uses, added when the layers' have gone.
+        uses = max(0, of_all - alone) / layout.tp
+        return int(
+            kept * made + max(working * made, uses and uses + (root * gradient_bytes if working else 0))
+        )
+
     share = _activation_share(load, layout.tp)
     peak = memory_at_peak(
         [
             Counter(
                 weights=int(weights),
-                gradients=int(gradients * phase["gradients"] / most),
+                gradients=gradients(phase["gradients"]),
                 optimizer=int(states) if layout.offload == "none" else 0,
                 activations=int(share * phase["activations"]),
                 logits=phase["logits"] // layout.tp,
