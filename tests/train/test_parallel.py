@@ -48,6 +48,8 @@ TWO: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "lora-zero-2": (2, {"zero": 2}, {"method": "lora"}),
     "lora-zero-3": (2, {"zero": 3}, {"method": "lora"}),
     "lora-tp": (1, {"tp": 2}, {"method": "lora"}),
+    "dora-zero-3": (2, {"zero": 3}, {"method": "dora"}),
+    "qlora-zero-2": (2, {"zero": 2}, {"method": "qlora"}),
     "dpo-zero-3": (2, {"zero": 3}, {"objective": "dpo"}),
 }
 OF_QWEN3 = ["zero-0", "zero-3", "tp", "lora-tp"]
@@ -60,11 +62,17 @@ FOUR: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "four-offload-all-tp": (2, {"zero": 3, "tp": 2, "offload": "all"}, {}),
     "four-lora-zero-3-tp": (2, {"zero": 3, "tp": 2}, {"method": "lora"}),
 }
+COMPILED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "compiled-zero-1": (2, {"zero": 1}, {"compile": True}),
+    "compiled-zero-3": (2, {"zero": 3}, {"compile": True, "gradient_checkpointing": 1}),
+    "compiled-lora-zero-3": (2, {"zero": 3}, {"compile": True, "method": "lora"}),
+}
 REFUSED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp-three": (1, {"tp": 3}, {}),
     "hsdp-zero-0": (2, {"hsdp": 2}, {}),
     "compact": (2, {"zero": 0}, {"optimizer": "adamw_8bit"}),
     "dora": (1, {"tp": 2}, {"method": "dora"}),
+    "compiled-tp": (1, {"tp": 2}, {"compile": True}),
     "qlora-tp": (1, {"tp": 2}, {"method": "qlora"}),
     "qlora-zero-3": (2, {"zero": 3}, {"method": "qlora"}),
     "qlora-offload": (2, {"offload": "all"}, {"method": "qlora"}),
@@ -197,6 +205,21 @@ def test_two_processes_train_as_one(two_processes: dict[str, Trainings], family:
 def test_four_processes_train_as_one(four_processes: dict[str, Trainings], name: str) -> None:
     of = four_processes["bloom"]
     assert_same(reference(of, FOUR[name][2]), of.folder / name)
+
+
+@pytest.mark.nightly  # compiles C++ for a minute
+@pytest.mark.parametrize("family", ["bloom", "qwen3"])
+def test_compiled_layers_of_two_processes_learn_the_same(
+    trainings: dict[str, Trainings], family: str
+) -> None:
+    of = trainings[family]
+    start(2, [text for name, how in COMPILED.items() for text in of.write(name, *how)])
+    for name, (_, _, options) in COMPILED.items():
+        expected, found = (
+            [row["loss"] for row in rows(out) if "loss" in row]
+            for out in (reference(of, options), of.folder / name)
+        )
+        assert found == pytest.approx(expected, abs=1e-4), name
 
 
 @pytest.mark.parametrize("offload", ["optimizer", "all"])

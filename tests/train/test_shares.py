@@ -178,14 +178,15 @@ def test_a_rank_reads_its_part_and_nothing_else(tiny: Callable[[str], Path], tmp
     cases += [(tiny(family), one, {}, False) for family in ("qwen3", "llama") for one in LAYOUTS[1:3]]
     cases += [(tiny("gemma3_text"), {"zero": 3}, {}, False)]
     cases += [(folder, one, lora, False) for folder in (bloom, qwen3) for one in LAYOUTS[1:3]]
+    cases += [(bloom, LAYOUTS[3], lora, False)]
     cases += [(half, {"zero": 3}, options, True) for options in ({}, lora, {"weights": "bf16_stochastic"})]
     in_processes(load_share, 2, cases)
 
 
 # --- where a part lies ----------------------------------------------------------------------------------------------
 
-UNEVEN = [(9, 4), (5, 2), (46, 3), (16, 8), (3, 1)]
-"""Rows and columns; of 9 rows, torch would have DTensor's ranks of dp 4 and tp 2 hold others than FSDP gives them."""
+UNEVEN = [(9, 4), (5, 2), (46, 4), (16, 8), (3, 2)]
+"""Rows and columns. Of 9 rows, `distribute_tensor` gives the ranks of dp 4 and tp 2 others than FSDP does."""
 
 
 def laid_out(rows: int, columns: int, ranks: Ranks) -> tuple[nn.Module, Tensor]:

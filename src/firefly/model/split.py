@@ -30,16 +30,16 @@ from firefly.model.bloom import Bloom
 from firefly.model.families import CausalModel, transformers_model
 
 
-def part_of(parameter: DTensor, first: int = 0) -> tuple[slice, ...]:
-    """What of the whole parameter lies on this rank, cut along the dimensions of its mesh from `first` on.
+def part_of(parameter: DTensor) -> tuple[slice, ...]:
+    """Which rows and columns of the whole parameter lie on this rank.
 
-    Tensor parallelism, the last dimension, has cut first, and FSDP what that left: the contrary of what DTensor makes
-    of its placements where numbers do not divide.
+    Tensor parallelism, the last dimension of a mesh, has cut first, and FSDP what that left. `distribute_tensor` cuts
+    the other way round, and elsewhere where numbers do not divide.
     """
     bounds = [[0, length] for length in parameter.shape]
     mesh, places = parameter.device_mesh, parameter.device_mesh.get_coordinate()
     assert places is not None
-    for number in reversed(range(first, mesh.ndim)):
+    for number in reversed(range(mesh.ndim)):
         cut = getattr(parameter.placements[number], "dim", None)
         if cut is not None:  # else it is whole along this dimension of the mesh
             start, stop = bounds[cut]
@@ -62,7 +62,7 @@ def split(model: CausalModel, mesh: DeviceMesh) -> None:
     """Share layers, embedding and head of a whole model among the ranks of a one-dimensional mesh, in place."""
     styles: dict[str, ParallelStyle] = {
         "colwise": _Columns(),
-        "colwise, summed": ColwiseParallel(),
+        "adapter's": ColwiseParallel(),  # sums the gradient of its few inputs itself
         "rowwise": RowwiseParallel(),
         # Norms of single heads: a rank sees its own heads alone, so their gradients are summed.
         "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),
@@ -89,13 +89,14 @@ def _inside(module: nn.Module, how: str, mesh: DeviceMesh) -> Iterator[tuple[nn.
         yield module, how
         return
     yield children["base_layer"], how
-    for matrix in children["lora_B" if how == "colwise" else "lora_A"].children():
-        yield matrix, "colwise, summed" if how == "colwise" else how
-    if how == "colwise":
-        for matrix in children[
-            "lora_A"
-        ].children():  # whole on every rank, and so is what it knows of its gradient
-            _hook_input(matrix, mesh, Replicate(), Partial())
+    if how == "rowwise":
+        yield from ((matrix, how) for matrix in children["lora_A"].children())
+        return
+    yield from ((matrix, "adapter's") for matrix in children["lora_B"].children())
+    for matrix in children[
+        "lora_A"
+    ].children():  # whole on every rank, as its gradient; and the block will sum
+        _hook_input(matrix, mesh, Replicate(), Partial())
 
 
 class _Columns(ColwiseParallel):

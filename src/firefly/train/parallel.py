@@ -35,7 +35,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from firefly.errors import RecipeError
 from firefly.model.families import CausalModel
@@ -205,6 +205,11 @@ def _refuse_unfit(recipe: Recipe, world_size: int) -> None:
         raise RecipeError(
             "train.method = 'dora' needs whole rows of weights, which parallel.tp splits; use tp = 1, or 'lora'."
         )
+    if train.compile and section.tp > 1:
+        raise RecipeError(
+            "train.compile does not work with parallel.tp > 1, as PyTorch's compiler fails on split layers; use one of "
+            "them (parallel.zero goes with both)."
+        )
 
 
 def is_whole(section: ParallelSection, ranks: Ranks) -> bool:
@@ -233,7 +238,7 @@ def distribute(model: CausalModel, section: ParallelSection, ranks: Ranks, bf16:
         # Away from the device, FSDP2 has put everything where it belongs.
         return tensor if away or tensor.device.type == home.type else tensor.to(home)
 
-    model._apply(settle)
+    model._apply(settle)  # type: ignore[no-untyped-call]
 
 
 def _shard(model: CausalModel, section: ParallelSection, ranks: Ranks, bf16: bool) -> None:
@@ -348,21 +353,18 @@ class Parts:
 
     def gather(self, name: str, part: Tensor) -> Tensor:
         """Put the parts of something shaped like parameter `name` together again; all ranks must ask."""
-        parameter, whole = self.whole[name], part
+        parameter = self.whole[name]
         if not isinstance(parameter, DTensor) or part.shape != self.local[name].shape:
             return part
-        assert self.ranks.mesh is not None
-        for number, place in enumerate(parameter.placements):
-            if not place.is_replicate():
-                shape = [one.stop - one.start for one in part_of(parameter, first=number + 1)]
-                mesh = self.ranks.mesh[_mesh_of(parameter)[number]]
-                shard = Shard(place.dim)  # type: ignore[attr-defined]
-                stride = torch.empty(shape, device="meta").stride()
-                whole = whole.to(self.ranks.device)
-                whole = DTensor.from_local(
-                    whole, mesh, [shard], run_check=False, shape=torch.Size(shape), stride=stride
-                ).full_tensor()
-        return whole
+        whole = DTensor.from_local(
+            part.to(self.ranks.device),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        return whole.full_tensor()
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of something shaped like parameter `name`."""
