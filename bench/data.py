@@ -89,7 +89,7 @@ def blocks(records: Iterator[Raw]) -> Iterator[tuple[int, list[Raw]]]:
         yield first, block
 
 
-def templated(block: tuple[int, list[Raw]]) -> str:
+def templated(block: tuple[int, list[Raw]]) -> bytes:
     """The dataset's lines for one block: instruction templates filled in."""
     first, records = block
     tasks = cache(load_tasks)()
@@ -100,16 +100,16 @@ def templated(block: tuple[int, list[Raw]]) -> str:
         else:
             example = Example.of("BELLE", fields["input"], fields["target"], str(number))
         lines.append(example.to_json() + "\n")
-    return "".join(lines)
+    return "".join(lines).encode()
 
 
 def firefly(records: Iterator[Raw], model: Path, folder: Path, fast: bool) -> dict[str, float]:
     """Raw records to packed rows; returns seconds by stage, tokens, and the rows' efficiency."""
-    proved = encoding._proved
+    encoders = encoding._ENCODERS
     start_s = time.perf_counter()
     dataset = folder / "dataset"
     dataset.mkdir(parents=True)
-    with (dataset / FILES["train"]).open("w", encoding="utf-8") as handle:
+    with (dataset / FILES["train"]).open("wb") as handle:
         for lines in ordered_map(templated, blocks(records), num_workers=WORKERS):
             handle.write(lines)
     (dataset / FILES["validation"]).touch()
@@ -124,11 +124,11 @@ def firefly(records: Iterator[Raw], model: Path, folder: Path, fast: bool) -> di
         }
     )
     if not fast:
-        encoding._proved = lambda *_: "pieces"
+        encoding._ENCODERS = ("pieces",)
     try:
         result = encoding.encode_dataset(dataset, model, section, folder / "tokens")
     finally:
-        encoding._proved = proved
+        encoding._ENCODERS = encoders
     packed = pack_rows(np.diff(np.load(folder / "tokens" / "train" / "borders.npy")), PACK, (0, 0, 1))
     return {
         "wall_s": time.perf_counter() - start_s,

@@ -105,7 +105,7 @@ def test_a_dataset_and_its_tokens_made_on_ray_have_the_same_bytes(
 ) -> None:
     """Cleaning, near repetitions, overlaps with an evaluation file, the mix, encoding: block by block over there."""
     monkeypatch.setattr(dataset_module, "_RECORDS_AT_ONCE", 20)  # many blocks
-    monkeypatch.setattr(tokens_module, "_BLOCK_RECORDS", 20)
+    monkeypatch.setattr(tokens_module, "_BLOCK_BYTES", 2000)
     source = write_pairs(tmp_path / "pairs.jsonl", 120)
     lines = source.read_text("utf-8").splitlines()
     hidden = json.loads(lines[5])["target"] + "，这一句只在考卷里才有"

@@ -27,6 +27,31 @@ def test_no_sample_is_lost_doubled_or_split(lengths: list[int], pack_length: int
         assert all(first + second > pack_length for first, second in pairwise(fills))
 
 
+def one_by_one(lengths: list[int], pack_length: int) -> list[int]:
+    """The row of each sample when the longest goes first, each into the row begun last of those with least room."""
+    rooms: list[tuple[int, int]] = []  # left, row
+    rows = [0] * len(lengths)
+    num_rows = 0
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        fits = [place for place, (left, _) in enumerate(rooms) if left >= lengths[sample]]
+        if fits:
+            least = min(rooms[place][0] for place in fits)
+            left, row = rooms.pop(max(place for place in fits if rooms[place][0] == least))
+        else:
+            left, row = pack_length, num_rows
+            num_rows += 1
+        rows[sample] = row
+        rooms.append((left - lengths[sample], row))
+    return rows
+
+
+@given(st.lists(st.integers(1, 12), max_size=80), st.integers(12, 40))
+def test_it_is_best_fit_one_sample_after_the_other(lengths: list[int], pack_length: int) -> None:
+    packed = pack_rows(np.asarray(lengths, np.int64), pack_length)
+    found = {sample: number for number in range(len(packed)) for sample in packed.row(number).tolist()}
+    assert [found[sample] for sample in range(len(lengths))] == one_by_one(lengths, pack_length)
+
+
 def test_the_articles_lengths_fill_the_rows() -> None:
     """Lognormal with a median of 90 and a tail to 1,000: at least 99 % of the slots of 2,048 are real tokens."""
     random = np.random.default_rng(0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from firefly.data import encoder as encoder_module
 from firefly.data import tokens as tokens_module
 from firefly.data.chatformat import open_format, render
 from firefly.data.dataset import build_dataset, read_dataset
-from firefly.data.encoder import KitokenEncoder
+from firefly.data.encoder import ENCODERS, KitokenEncoder
 from firefly.data.example import Example, Message
 from firefly.data.loader import TrainingStream, in_order, pack
-from firefly.data.tokenizer import ModelTokenizer
+from firefly.data.tokenizer import EncodedTexts, ModelTokenizer
 from firefly.data.tokens import Tokens, TokensResult, encode_dataset
 from firefly.errors import InputError
 from firefly.files import sha256_file
@@ -251,23 +251,26 @@ def test_a_difference_of_the_faster_encoder_is_found_and_undone(
     dataset: Path, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its blocks are done again from the last audited one on: not a byte of its work stays."""
+    monkeypatch.setattr(
+        tokens_module, "_BLOCK_BYTES", (dataset / "train.jsonl").stat().st_size * 2 // 5
+    )  # three blocks
     encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "right")
     honest, calls = KitokenEncoder.encode_many, []
 
-    def wrong_in_the_second_block(self: KitokenEncoder, texts: list[str]) -> list[bytes]:
+    def wrong_in_the_second_block(self: KitokenEncoder, texts: list[str]) -> EncodedTexts:
         calls.append(len(texts))
-        ids = honest(self, texts)
+        ids = honest(self, texts).lists()
         if len(calls) > 1:
-            ids[3] = (5).to_bytes(4, sys.byteorder) + ids[3]
-        return ids
+            ids[3].insert(0, 5)
+        return EncodedTexts.of(ids)
 
-    monkeypatch.setattr(tokens_module, "_proved", lambda *_: "kitoken")
+    monkeypatch.setattr(tokens_module, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(tokens_module, "_ENCODERS", ("kitoken",))
+    monkeypatch.setattr(encoder_module, "proved", lambda name, tokenizer, _: ENCODERS[name](tokenizer))
     monkeypatch.setattr(KitokenEncoder, "encode_many", wrong_in_the_second_block)
     warned: list[str] = []
     monkeypatch.setattr(tokens_module, "warn", warned.append)
-    tokens_module._tools.cache_clear()
-    encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "audited")
-    tokens_module._tools.cache_clear()
+    encode_dataset(dataset, tiny("bloom"), section(num_workers=1), tmp_path / "audited")
     assert len(calls) == 3 and len(warned) == 1  # two blocks by it alone, one audited; then never again
     assert digests(tmp_path / "audited") == digests(tmp_path / "right")
 
@@ -275,18 +278,44 @@ def test_a_difference_of_the_faster_encoder_is_found_and_undone(
 def test_the_faster_encoders_give_the_same_bytes(
     dataset: Path, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tokens_module, "_SMALL_BYTES", 0)
     made = []
-    for encoder in ("kitoken", "pieces", None):
-        monkeypatch.setattr(tokens_module, "_proved", lambda *_, encoder=encoder: encoder)
-        encode_dataset(dataset, tiny("bloom"), section(), tmp_path / f"by {encoder}")
+    for encoder in (*ENCODERS, None):
+        monkeypatch.setattr(tokens_module, "_ENCODERS", (encoder,) if encoder else ())
+        encode_dataset(dataset, tiny("bloom"), section(num_workers=1), tmp_path / f"by {encoder}")
         made.append(digests(tmp_path / f"by {encoder}"))
-    assert made[0] == made[1] == made[2]
+    assert all(one == made[0] for one in made)
 
 
-def test_a_damaged_line_is_named(dataset: Path, tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    with (dataset / "train.jsonl").open("a") as handle:
-        handle.write('{"kind": \n')
-    with pytest.raises(InputError, match=r"train\.jsonl, line 2501: not valid JSON"):
+@pytest.mark.parametrize("block_bytes", [1, 700, 1 << 20])
+def test_blocks_are_whole_lines_and_together_the_file(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(tokens_module, "_BLOCK_BYTES", block_bytes)
+    content = (dataset / "validation.jsonl").read_bytes().rstrip(b"\n")  # the last line may lack its end
+    (dataset / "validation.jsonl").write_bytes(content)
+    blocks = list(tokens_module._blocks(dataset / "validation.jsonl"))
+    assert b"".join(block.content for block in blocks) == content
+    assert all(block.content.endswith(b"\n") for block in blocks[:-1])
+    lines_before = np.cumsum([0, *[block.content.count(b"\n") for block in blocks]])
+    assert [block.first - 1 for block in blocks] == lines_before[:-1].tolist()
+    assert [block.audit for block in blocks] == [False] * (len(blocks) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"kind": ', "not valid JSON"),
+        (b'{"kind": "K", "input": "a", "target": "b"} {}', "not valid JSON"),
+        (b'{"kind": "K", "input": "\xff", "target": "b"}', "not valid UTF-8"),
+    ],
+)
+def test_a_damaged_line_is_named(
+    dataset: Path, tiny: Callable[[str], Path], tmp_path: Path, line: bytes, message: str
+) -> None:
+    with (dataset / "train.jsonl").open("ab") as handle:
+        handle.write(line + b"\n")
+    with pytest.raises(InputError, match=rf"train\.jsonl, line 2501: {message}"):
         encode_dataset(dataset, tiny("bloom"), section(), tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import json
 import re
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from firefly.data.example import Message
 from firefly.data.jinja import LEARN_BEGIN, LEARN_END, ChatTemplate, without_marks
-from firefly.data.tokenizer import ModelTokenizer
+from firefly.data.tokenizer import EncodedTexts, ModelTokenizer, spans
 from firefly.errors import FireflyError, InputError, ModelError, RecipeError, choices
 
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -46,8 +46,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 """The special tokens that a format needs beside the tokenizer's own bos and eos; NAME.jinja says the rest."""
 
 _PAD = "\n" * 5 + "\u2003"  # more line feeds than any template writes, and a space that none does
-Encode = Callable[[list[str]], list[bytes]]  # ids as `ModelTokenizer.encode_packed` gives them
-_ID_BYTES = 4
+Encode = Callable[[list[str]], EncodedTexts]  # the ids that `ModelTokenizer.encode_texts` gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,13 @@ class RenderedBlock:
         """One after the other, as lists."""
         for start, end in zip(self.borders[:-1].tolist(), self.borders[1:].tolist(), strict=True):
             yield Rendered(self.ids[start:end].tolist(), self.mask[start:end].astype(bool).tolist())
+
+    def replaced(self, where: NDArray[np.bool_], others: list[Rendered]) -> RenderedBlock:
+        """The same with the samples at `where` [N] taken from `others`, in order."""
+        ids = EncodedTexts(self.ids, self.borders).replaced(where, EncodedTexts.of(one.ids for one in others))
+        masks = EncodedTexts.of([*map(int, one.mask)] for one in others)
+        mask = EncodedTexts(self.mask.astype(np.uint32), self.borders).replaced(where, masks).ids
+        return RenderedBlock(ids.ids, mask.astype(np.uint8), ids.borders, self.answer_bytes)
 
 
 def open_format(name: str, tokenizer: ModelTokenizer) -> ChatFormat:
@@ -136,7 +142,7 @@ class _Rewritten(InputError):
 class _Fixed:
     """Token ids that are the same in every conversation of a layout."""
 
-    ids: bytes
+    ids: list[int]
     learn: bool
 
 
@@ -144,13 +150,13 @@ class _Fixed:
 class _Run:
     """Text between two special tokens: stretches of parts (fixed text, or the number of a message).
 
-    `heads[k]` are the ids of stretches 0 … k joined, where these hold no message. `simple`: the text is one message
-    between two fixed texts, and only its last stretch needs encoding.
+    `heads[k]` are the ids of stretches 0 … k joined, where these hold no message; `patterns` the texts of stretches
+    0 … k joined, where they do, to be filled with the messages.
     """
 
     stretches: tuple[tuple[tuple[str | int, ...], bool], ...]
-    heads: tuple[bytes | None, ...]
-    simple: tuple[str, int, str] | None = None
+    heads: tuple[list[int], ...]
+    patterns: tuple[str, ...]
 
     def texts(self, contents: list[str]) -> list[str]:
         """The text of each stretch."""
@@ -160,16 +166,26 @@ class _Run:
         ]
 
 
+# What a stretch of a layout's tokens is: a row of `_Layout.segments`.
+_FIXED, _TEXT, _LONGER_TEXT = range(3)  # fixed ids; a text's; what a text has beyond the one before it
+
+
 @dataclass(frozen=True)
 class _Layout:
-    """How the conversations of one sequence of roles are written."""
+    """How the conversations of one sequence of roles are written.
+
+    Segments are `pieces` once more, for many conversations at once: each has what it is, a span of `fixed` (start and
+    length) and whether it is learned. A text's segment is what follows that span, with which its ids must begin.
+    """
 
     pieces: tuple[_Fixed | _Run, ...]
     strips: tuple[tuple[int, Callable[[str], str]], ...]  # message → how the template trims its content
-    runs: tuple[_Run, ...]  # those of the pieces
     answers: tuple[int, ...]  # the assistant's messages
     parts: tuple[str | int, ...]  # the whole text, for comparison
     beyond: str  # what the template writes behind it, and we do not
+    patterns: tuple[str, ...]  # the texts to encode, those of all runs
+    segments: NDArray[np.int64]  # S × 4
+    fixed: NDArray[np.uint32]
 
 
 class ChatFormat:
@@ -201,9 +217,11 @@ class ChatFormat:
         turns = [Message("user", "问"), Message("assistant", "答")]
         layout = self._layout(turns)
         self._markers = tuple(self._marker_names(layout))
-        learned = b"".join(piece.ids for piece in layout.pieces if isinstance(piece, _Fixed) and piece.learn)
+        learned = [
+            id for piece in layout.pieces if isinstance(piece, _Fixed) and piece.learn for id in piece.ids
+        ]
         specials = set(self._added.values())
-        end = next((number for number in reversed(array("I", learned)) if number in specials), None)
+        end = next((number for number in reversed(learned) if number in specials), None)
         if end is None:
             raise ModelError(
                 f"{jinja.origin} writes no special token behind an answer, so a model trained on it could never "
@@ -245,42 +263,26 @@ class ChatFormat:
     ) -> RenderedBlock:
         """`render` for many conversations, encoded together by `encode` (by default the tokenizer's own)."""
         texts: list[str] = []
-        plan: list[tuple[_Layout, list[str]]] = []
+        layouts: dict[int, tuple[int, _Layout]] = {}  # by identity: its number in this block
+        which: list[int] = []  # layout of each conversation
         answer_bytes: list[int] = []
         for messages in conversations:
             layout = self._layout(messages)
             contents = self._contents(messages, layout)
-            plan.append((layout, contents))
+            which.append(layouts.setdefault(id(layout), (len(layouts), layout))[0])
+            texts += [pattern.format(*contents) for pattern in layout.patterns]
             answer_bytes.append(sum([len(contents[number].encode()) for number in layout.answers]))
-            for run in layout.runs:
-                if run.simple is not None:
-                    prefix, number, suffix = run.simple
-                    texts.append(prefix + contents[number] + suffix)
-                else:
-                    text = ""
-                    for stretch, head in zip(run.texts(contents), run.heads, strict=True):
-                        text += stretch
-                        if head is None:
-                            texts.append(text)
-        encoded = iter((encode or self.tokenizer.encode_packed)(texts))
-        ids: list[bytes] = []
-        counts: list[int] = []
-        flags: list[bool] = []
-        borders = [0]
-        length = 0
-        for layout, contents in plan:
-            for piece in layout.pieces:
-                if isinstance(piece, _Fixed):
-                    ids.append(piece.ids)
-                    counts.append(len(piece.ids) // _ID_BYTES)
-                    flags.append(piece.learn)
-                    length += counts[-1]
-                else:
-                    length += self._add_run(piece, contents, encoded, ids, counts, flags)
-            borders.append(length)
-        flat = np.frombuffer(b"".join(ids), np.uint32)
-        mask = np.repeat(np.asarray(flags, np.uint8), counts)
-        return RenderedBlock(flat, mask, np.asarray(borders, np.int64), np.asarray(answer_bytes, np.int64))
+        encoded = (encode or self.tokenizer.encode_texts)(texts)
+        used = [layout for _, layout in layouts.values()]
+        block, odd = _assembled(used, np.asarray(which, np.int64), encoded, answer_bytes)
+        if self._markers:
+            odd |= np.asarray(
+                [self._has_marker(one.content for one in messages) for messages in conversations]
+            )
+        if odd.any():
+            careful = [self._render_alone(conversations[number]) for number in np.flatnonzero(odd).tolist()]
+            block = block.replaced(odd, careful)
+        return block
 
     def num_answer_bytes(self, messages: Sequence[Message]) -> int:
         """UTF-8 bytes of the answers as they are written."""
@@ -288,58 +290,39 @@ class ChatFormat:
         contents = self._contents(messages, layout)
         return sum(len(contents[number].encode()) for number in layout.answers)
 
-    def _add_run(
-        self,
-        run: _Run,
-        contents: list[str],
-        encoded: Iterator[bytes],
-        ids: list[bytes],
-        counts: list[int],
-        flags: list[bool],
-    ) -> int:
-        """Append one run's ids, and how many of them each stretch has; returns how many there are."""
-        if len(run.heads) == 1 and not self._markers:
-            ids.append(next(encoded))
-            counts.append(len(ids[-1]) // _ID_BYTES)
-            flags.append(run.stretches[0][1])
-            return counts[-1]
-        before = b""
-        lengths = []
-        nested = True
-        for head in run.heads:
-            here = head if head is not None else next(encoded)
-            nested = nested and here.startswith(before)
-            lengths.append((len(here) - len(before)) // _ID_BYTES)
-            before = here
-        if not nested or (self._markers and self._has_marker(run, contents)):
-            return self._add_apart(run, contents, ids, counts, flags)
-        ids.append(before)
-        counts += lengths
-        flags += [learn for _, learn in run.stretches]
-        return len(before) // _ID_BYTES
+    def _has_marker(self, texts: Iterable[str]) -> bool:
+        return any(marker in text for text in texts for marker in self._markers)
 
-    def _has_marker(self, run: _Run, contents: list[str]) -> bool:
-        numbers = [part for parts, _ in run.stretches for part in parts if isinstance(part, int)]
-        return any(marker in contents[number] for number in numbers for marker in self._markers)
+    def _render_alone(self, messages: Sequence[Message]) -> Rendered:
+        """One conversation, with a closer look at what `_assembled` leaves alone."""
+        layout = self._layout(messages)
+        contents = self._contents(messages, layout)
+        ids: list[int] = []
+        mask: list[bool] = []
+        for piece in layout.pieces:
+            for part in [piece] if isinstance(piece, _Fixed) else self._stretches(piece, contents):
+                ids += part.ids
+                mask += [part.learn] * len(part.ids)
+        return Rendered(ids, mask)
 
-    def _add_apart(
-        self,
-        run: _Run,
-        contents: list[str],
-        ids: list[bytes],
-        counts: list[int],
-        flags: list[bool],
-    ) -> int:
-        """A run whose stretches share a token, or with a marker in a message: every stretch is encoded alone."""
-        inside = re.compile("|".join(f"(?<={re.escape(m[0])})(?={re.escape(m[1:])})" for m in self._markers))
-        length = 0
-        for text, (_, learn) in zip(run.texts(contents), run.stretches, strict=True):
-            halves = inside.split(text) if self._markers else [text]
-            ids.append(b"".join(self.tokenizer.encode_packed([half for half in halves if half])))
-            counts.append(len(ids[-1]) // _ID_BYTES)
-            flags.append(learn)
-            length += counts[-1]
-        return length
+    def _stretches(self, run: _Run, contents: list[str]) -> list[_Fixed]:
+        """The ids of each stretch of a run, as they are in the whole of it; each on its own where two share a token.
+
+        A run in which a message has a marker is encoded in parts too, none of which has the whole marker.
+        """
+        texts, flags = run.texts(contents), [learn for _, learn in run.stretches]
+        heads = [[], *map(self.tokenizer.encode, accumulate(texts))]
+        nested = all(longer[: len(head)] == head for head, longer in pairwise(heads))
+        messages = (contents[part] for parts, _ in run.stretches for part in parts if isinstance(part, int))
+        if nested and not self._has_marker(messages):
+            found = [longer[len(head) :] for head, longer in pairwise(heads)]
+        else:
+            inside = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in self._markers]
+            halves = re.compile("|".join(inside) or "(?!)")
+            found = [
+                [id for half in halves.split(text) for id in self.tokenizer.encode(half)] for text in texts
+            ]
+        return [_Fixed(ids, learn) for ids, learn in zip(found, flags, strict=True)]
 
     def _contents(self, messages: Sequence[Message], layout: _Layout) -> list[str]:
         """The contents as the template writes them."""
@@ -369,10 +352,9 @@ class ChatFormat:
     def _find_layout(self, messages: Sequence[Message]) -> _Layout:
         """Render the template with placeholders and read from it what is fixed and what is learned."""
         if _is_plain(messages):
-            bos = _Fixed(_packed(self.tokenizer.bos_id), False)
-            eos = _Fixed(_packed(self.tokenizer.eos_id), True)
-            run = _Run((((0,), True),), (None,), ("", 0, ""))
-            return _Layout((bos, run, eos), (), (run,), (0,), (0,), "")
+            bos, eos = _Fixed([self.tokenizer.bos_id], False), _Fixed([self.tokenizer.eos_id], True)
+            run = _Run((((0,), True),), (), ("{0}",))
+            return _Layout((bos, run, eos), (), (0,), (0,), "", *_segments([bos, run, eos]))
         skeleton, beyond = self._skeleton(messages)
         strips = []
         for number, message in enumerate(messages):
@@ -391,9 +373,8 @@ class ChatFormat:
                 pieces.append((part, learn))
         parts = tuple(part for part, _ in pieces)
         found = tuple(_merged(self._tokenized(pieces)))
-        runs = tuple(piece for piece in found if isinstance(piece, _Run))
         answers = tuple(number for number, message in enumerate(messages) if message.role == "assistant")
-        return _Layout(found, tuple(strips), runs, answers, parts, beyond)
+        return _Layout(found, tuple(strips), answers, parts, beyond, *_segments(found))
 
     def _skeleton(self, messages: Sequence[Message]) -> tuple[str, str]:
         """The text with placeholders and marks around what is learned, and what the template writes beyond it."""
@@ -454,7 +435,7 @@ class ChatFormat:
                 if isinstance(fragment, str) and fragment.strip() and fragment in self._added:
                     yield from self._run(stretches)
                     stretches = []
-                    yield _Fixed(_packed(self._added[fragment]), learn)
+                    yield _Fixed([self._added[fragment]], learn)
                 elif fragment != "":
                     if not stretches or stretches[-1][1] != learn:
                         stretches.append(([], learn))
@@ -464,25 +445,25 @@ class ChatFormat:
     def _run(self, stretches: list[tuple[list[str | int], bool]]) -> Iterator[_Fixed | _Run]:
         if not stretches:
             return
-        heads: list[bytes | None] = []
-        fixed: list[str] | None = []
+        heads: list[list[int]] = []
+        patterns: list[str] = []
+        text = pattern = ""
         for parts, _ in stretches:
-            if fixed is not None and all(isinstance(part, str) for part in parts):
-                fixed += [part for part in parts if isinstance(part, str)]
-                heads += self.tokenizer.encode_packed(["".join(fixed)])
+            for part in parts:
+                text += str(part)
+                pattern += (
+                    f"{{{part}}}" if isinstance(part, int) else part.replace("{", "{{").replace("}", "}}")
+                )
+            if patterns or any(isinstance(part, int) for part in parts):
+                patterns.append(pattern)
             else:
-                fixed = None
-                heads.append(None)
-        if heads[-1] is not None and len(stretches) == 1:
-            yield _Fixed(heads[-1], stretches[0][1])
+                heads.append(self.tokenizer.encode(text))
+        if len(stretches) == 1 and heads:
+            yield _Fixed(heads[0], stretches[0][1])
         else:
-            every = [part for parts, _ in stretches for part in parts]
-            numbers = [part for part in every if isinstance(part, int)]
-            simple = None
-            if len(numbers) == 1 and heads.count(None) == 1 and heads[-1] is None:
-                place = every.index(numbers[0])
-                simple = ("".join(map(str, every[:place])), numbers[0], "".join(map(str, every[place + 1 :])))
-            yield _Run(tuple((tuple(parts), learn) for parts, learn in stretches), tuple(heads), simple)
+            yield _Run(
+                tuple((tuple(parts), learn) for parts, learn in stretches), tuple(heads), tuple(patterns)
+            )
 
     def _marker_names(self, layout: _Layout) -> Iterator[str]:
         """Added tokens that the template writes and that a tokenizer would also find in a message."""
@@ -501,6 +482,73 @@ class ChatFormat:
             )
 
 
+def _segments(
+    pieces: Iterable[_Fixed | _Run],
+) -> tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.uint32]]:
+    """The texts to encode, the segments and the fixed ids of a layout; no segments where fixed text shares a token."""
+    patterns: list[str] = []
+    segments: list[tuple[int, int, int, bool]] = []
+    fixed: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, _Fixed):
+            segments.append((_FIXED, len(fixed), len(piece.ids), piece.learn))
+            fixed += piece.ids
+            continue
+        patterns += piece.patterns
+        before: list[int] = []
+        flags = [learn for _, learn in piece.stretches]
+        for head, learn in zip(piece.heads, flags, strict=False):
+            if head[: len(before)] != before:
+                return (), np.zeros((0, 4), np.int64), np.zeros(0, np.uint32)
+            segments.append((_FIXED, len(fixed) + len(before), len(head) - len(before), learn))
+            before = head
+        what = _TEXT
+        for learn in flags[len(piece.heads) :]:
+            segments.append((what, len(fixed), len(before), learn))
+            what = _LONGER_TEXT
+        fixed += before
+    return tuple(patterns), np.asarray(segments, np.int64), np.asarray(fixed, np.uint32)
+
+
+def _assembled(
+    layouts: list[_Layout], which: NDArray[np.int64], encoded: EncodedTexts, answer_bytes: list[int]
+) -> tuple[RenderedBlock, NDArray[np.bool_]]:
+    """Conversations [N] put together from their layouts' fixed ids and their texts' ids, all at once.
+
+    The second says which [N] are wrong: an answer shares a token with the header before it.
+    """
+    # All segments of all conversations: from now on a start is a place in `pool`.
+    pool = np.concatenate([encoded.ids, *[layout.fixed for layout in layouts]])
+    counts = np.asarray([len(layout.segments) for layout in layouts], np.int64)
+    fixed_starts = len(encoded.ids) + _running([len(layout.fixed) for layout in layouts])
+    table = np.concatenate([np.zeros((0, 4), np.int64), *[layout.segments for layout in layouts]])
+    table[:, 1] += np.repeat(fixed_starts[:-1], counts)
+    num_segments = counts[which]
+    what, starts, lengths, learn = table[spans(_running(counts)[:-1][which], num_segments)].T.copy()
+    # A text begins with the ids of its head, which are another segment's.
+    is_text = what != _FIXED
+    head_starts, head_lengths = starts[is_text], lengths[is_text]
+    text_starts, text_lengths = encoded.borders[:-1], encoded.lengths
+    longer = np.flatnonzero(what[is_text] == _LONGER_TEXT)
+    head_starts[longer], head_lengths[longer] = text_starts[longer - 1], text_lengths[longer - 1]
+    compared = np.minimum(head_lengths, text_lengths)
+    differs = pool[spans(text_starts, compared)] != pool[spans(head_starts, compared)]
+    wrong = head_lengths > text_lengths
+    wrong[np.repeat(np.arange(len(wrong)), compared)[differs]] = True
+    starts[is_text], lengths[is_text] = text_starts + compared, text_lengths - compared
+    borders = _running(lengths)[_running(num_segments)]
+    odd = num_segments == 0
+    odd[np.repeat(np.arange(len(odd)), num_segments)[is_text][wrong]] = True
+    mask = np.repeat(learn.astype(np.uint8), lengths)
+    block = RenderedBlock(pool[spans(starts, lengths)], mask, borders, np.asarray(answer_bytes, np.int64))
+    return block, odd
+
+
+def _running(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where things of these lengths begin, laid end to end, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
 def _merged(pieces: Iterable[_Fixed | _Run]) -> Iterator[_Fixed | _Run]:
     """Neighbouring fixed pieces in one."""
     last: _Fixed | None = None
@@ -515,10 +563,6 @@ def _merged(pieces: Iterable[_Fixed | _Run]) -> Iterator[_Fixed | _Run]:
             yield piece
     if last is not None:
         yield last
-
-
-def _packed(token: int) -> bytes:
-    return array("I", [token]).tobytes()
 
 
 def _dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from firefly.errors import InputError
 Block = TypeVar("Block")
 Result = TypeVar("Result")
 _ON_THE_WAY = 2  # blocks a worker: one in work, one waiting
+_IDLE_S = 10  # after which workers end
+_ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # every core has a worker already
 
 
 def ordered_map(
@@ -47,6 +49,15 @@ def ordered_map(
         yield from _in_processes(function, blocks, num_workers or available_cores())
 
 
+def warm_up(function: Callable[[], Any], *, engine: str = "local", num_workers: int = 0) -> None:
+    """Start the worker processes of the next `ordered_map`, each with a call of `function`; waits for nothing."""
+    workers = num_workers or available_cores()
+    if engine == "local" and workers > 1:
+        executor = _executor(workers)
+        for _ in range(workers):
+            executor.submit(function)
+
+
 def available_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -55,16 +66,20 @@ def available_cores() -> int:
 def _in_processes(
     function: Callable[[Block], Result], blocks: Iterable[Block], num_workers: int
 ) -> Iterator[Result]:
-    # loky: workers do not inherit threads, and do not import the caller's script as `spawn` would.
-    from loky.process_executor import ProcessPoolExecutor
-
-    executor = ProcessPoolExecutor(max_workers=num_workers)
+    executor = _executor(num_workers)
     try:
         yield from _window(lambda block: executor.submit(function, block), _result, blocks, num_workers)
     except BaseException:
         executor.shutdown(kill_workers=True)
         raise
-    executor.shutdown()
+
+
+def _executor(num_workers: int) -> Any:
+    """The worker processes, which stay for the next map and end when none comes for a while."""
+    # loky: workers do not inherit threads, and do not import the caller's script as `spawn` would.
+    from loky import get_reusable_executor
+
+    return get_reusable_executor(max_workers=num_workers, timeout=_IDLE_S, env=_ONE_CORE)
 
 
 def _result(future: Any) -> Any:
@@ -86,6 +101,7 @@ def _on_ray(
         ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
 
     def work(block: Block) -> Result:  # Ray refuses a `partial`
+        os.environ.update(_ONE_CORE)
         return function(block)
 
     remote = ray.remote(work)

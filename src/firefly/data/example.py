@@ -16,6 +16,9 @@ from firefly.errors import InputError
 
 Role = Literal["system", "user", "assistant"]
 _to_json = json.JSONEncoder(ensure_ascii=False).encode  # `json.dumps` would make an encoder a record
+_LONGER = frozenset(
+    ("messages", "chosen", "rejected")
+)  # fields of records that are more than a question and an answer
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
@@ -97,8 +100,15 @@ class Example:
 
         Raises `InputError` naming file, line and field.
         """
+        name, question, answer = record.get("kind", kind), record.get("input"), record.get("target")
+        if (  # most are such, and need no closer look
+            isinstance(name, str)
+            and isinstance(question, str)
+            and isinstance(answer, str)
+            and _LONGER.isdisjoint(record)
+        ):
+            return cls.of(name, question, answer, record.get("source") or f"{path.name}:{line}")
         where = f"{path}, line {line}"
-        name = record.get("kind", kind)
         if not isinstance(name, str):
             raise InputError(
                 f'{where}: field \'kind\' is missing; write the task\'s name, e.g. "kind": "Couplet".'

@@ -2,8 +2,8 @@
 
 The longest sample goes first, each into the row with the least room that still holds it (best-fit decreasing; Johnson,
 1974). Rows are kept by the room that they have left, so finding one is a binary search over at most `pack_length`
-numbers: N samples take O(N log pack_length). On lengths like the article's, over 99 % of the slots of rows of
-2,048 are real tokens. How many rows there are depends on the lengths alone, not on the order of the samples.
+numbers, and samples of one length are placed together. On lengths like the article's, over 99 % of the slots of rows
+of 2,048 are real tokens. How many rows there are depends on the lengths alone, not on the order of the samples.
 """
 
 from __future__ import annotations
@@ -51,26 +51,41 @@ def pack_rows(lengths: NDArray[np.int64], pack_length: int, seed: tuple[int, ...
         )
     order = np.random.default_rng(seed).permutation(len(lengths)) if seed else np.arange(len(lengths))
     order = order[np.argsort(-lengths[order], kind="stable")]
+    values, counts = np.unique(lengths, return_counts=True)
     row_of = np.empty(len(lengths), np.int64)
     room: dict[int, list[int]] = {}  # tokens left → rows
     sizes: list[int] = []  # the keys of `room`, in order
-    num_rows = 0
-    for place, length in enumerate(lengths[order].tolist()):
-        found = bisect_left(sizes, length)
-        if found == len(sizes):
-            row, left = num_rows, pack_length - length
-            num_rows += 1
-        else:
-            size = sizes[found]
-            row, left = room[size].pop(), size - length
-            if not room[size]:
-                del room[size], sizes[found]
-        row_of[place] = row
-        if left:
+    num_rows = done = 0
+
+    def put_back(rows: list[int], left: int) -> None:
+        if rows and left:
             if left not in room:
                 room[left] = []
                 insort(sizes, left)
-            room[left].append(row)
+            room[left] += rows
+
+    # All samples of a length at once: a row once begun takes as many of them as it can, for it has the least room.
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        end = done + count
+        while done < end:
+            found = bisect_left(sizes, length)
+            size = sizes[found] if found < len(sizes) else pack_length
+            each = size // length
+            needed = -(-(end - done) // each)
+            if found == len(sizes):
+                rows = list(range(num_rows, num_rows + needed))
+                num_rows += needed
+            else:
+                rows = room[size][: -needed - 1 : -1]
+                del room[size][-needed:]
+                if not room[size]:
+                    del room[size], sizes[found]
+            taken = min(end - done, each * len(rows))
+            row_of[done : done + taken] = np.repeat(rows, each)[:taken]
+            full, rest = divmod(taken, each)
+            put_back(rows[:full], size - each * length)
+            put_back(rows[full:], size - rest * length)
+            done += taken
     by_row = np.argsort(row_of, kind="stable")
     borders = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))]).astype(np.int64)
     return Rows(order[by_row], borders, int(lengths.sum()), pack_length)

@@ -3,8 +3,11 @@
 Byte-pair encoding builds no token that its vocabulary does not hold. So where no token holds the end of one
 character and the beginning of the next, no merge ever crosses from the one to the other, and both sides come out as
 if they stood alone: a *wall*. Chinese has walls every two or three characters, and the pieces between them are words
-and phrases, which come again and again: a dictionary answers for most of them, and the tokenizer itself encodes the
-rest. Walls depend on the vocabulary alone, so they hold for every text.
+and phrases, which come again and again: a table of the pieces met so far answers for most of them, all at once in
+NumPy, and the tokenizer encodes the rest. Walls depend on the vocabulary alone, so they hold for every text.
+
+A piece has one place in the table, by its hash, and a new one takes the place of the old: the table never grows. It
+keeps whole pieces, not hashes, so a piece is never taken for another.
 
 The pre-tokenizer must also go on behind a cut as it would have without it. Cuts therefore lie only between plain
 characters, in combinations of them that the usual regular expressions treat so (`_CUTS`); that a tokenizer's does is
@@ -14,15 +17,16 @@ proved before each run (encoder.py). A text with an added token's name is never 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from firefly.data.tokenizer import ModelTokenizer
+from firefly.data.tokenizer import EncodedTexts, ModelTokenizer
 
 _HAN, _LETTER, _DIGIT, _SPACE, _LINE, _MARK = range(1, 7)  # 0: any other character, never beside a cut
 _MEMBERS = {
@@ -44,14 +48,28 @@ _CUTS = {
 """Which kind of character may stand behind a cut that follows the key's kind."""
 
 _SPACE_SIGN = "\u2581"  # how tokenizers with byte fallback write a space
-_TABLE_BITS = 22
-_KNOWN_CHARACTERS = 1 << 20  # in the dictionary of pieces; with their ids about 60 MB
+_PAIR_BITS = 22  # places in the table of joined pairs
+_MEMORY_BITS = 19  # places in the table of pieces: 32 MiB
+_UNITS, _IDS = 15, 7  # a piece in the table has at most so many UTF-16 units and ids
+_WORDS = 4  # of 64 bits, for a piece's units and their number; as many for its ids and their number
 
-_KINDS = np.zeros(1 << 16, np.uint8)  # of a character by its code point; beyond these all are others
-_MAY_CUT = np.zeros((len(_MEMBERS) + 1, len(_MEMBERS) + 1), bool)
+# By a piece's length: which bits of the four words that begin at its first unit are its own.
+_OWN = np.asarray(
+    [
+        [(1 << 16 * min(max(length - 4 * word, 0), 4)) - 1 for word in range(_WORDS)]
+        for length in [*range(_UNITS + 1), _UNITS]
+    ],
+    np.uint64,
+)
+_FACTORS = np.asarray(
+    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64
+)
+
+_KINDS = np.zeros(1 << 16, np.uint8)  # of a UTF-16 unit; those of characters beyond are others
+_MAY_CUT = np.zeros(64, bool)  # 8 × the kind before the cut + the kind behind it
 for _kind, _members in _MEMBERS.items():
     _KINDS[[*map(ord, _members)]] = _kind
-    _MAY_CUT[_kind, list(_CUTS.get(_kind, ()))] = True
+    _MAY_CUT[[8 * _kind + _next for _next in _CUTS.get(_kind, ())]] = True
 _PLAIN = "".join(_MEMBERS.values())
 _WIDE = np.asarray([ord(one) for one in _PLAIN if len(one.encode()) == 3], np.uint32)
 _WIDE_BYTES = np.frombuffer("".join(map(chr, _WIDE)).encode(), np.uint8).reshape(-1, 3)
@@ -61,11 +79,43 @@ _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _BYTES = {256 + number: byte for number, byte in enumerate(sorted({*range(256)} - _VISIBLE))}
 
 
-class PieceEncoder:
-    """Gives the tokenizer's ids for many texts, and asks it only for pieces that it has not met yet."""
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Texts in UTF-16, cut. U units, P pieces, N texts."""
 
-    def __init__(self, tokenizer: ModelTokenizer) -> None:
-        """Raises `ValueError` for a tokenizer that is not plain byte-pair encoding."""
+    whole: str
+    words: NDArray[np.uint64]  # U + 13: four units, from each one on
+    cuts: NDArray[np.int64]  # P + 1: piece i is units cuts[i] : cuts[i + 1]
+    borders: NDArray[np.int64]  # N + 1: text i is pieces borders[i] : borders[i + 1]
+
+    def strings(self, numbers: NDArray[np.int64]) -> list[str]:
+        """The pieces of these numbers."""
+        spans = zip(self.cuts[numbers].tolist(), self.cuts[numbers + 1].tolist(), strict=True)
+        if len(self.words) == len(self.whole) + _UNITS - 2:
+            return [self.whole[start:end] for start, end in spans]
+        data = self.whole.encode("utf-16-le", "surrogatepass")  # some characters take two units
+        return [data[2 * start : 2 * end].decode("utf-16-le", "surrogatepass") for start, end in spans]
+
+    def keys(self) -> NDArray[np.uint64]:
+        """What tells each piece of up to 15 units from any other [P, 4]: the units, and at the end how many."""
+        starts, lengths = self.cuts[:-1], np.minimum(np.diff(self.cuts), _UNITS + 1)
+        keys = _OWN[lengths]
+        for word in range(_WORDS):
+            keys[:, word] &= self.words[starts + 4 * word]
+        keys[:, -1] |= lengths.astype(np.uint64) << np.uint64(48)
+        return keys
+
+
+class PieceEncoder:
+    """Gives the tokenizer's ids for many texts, and asks it only for pieces that it does not remember."""
+
+    def __init__(
+        self, tokenizer: ModelTokenizer, encode_new: Callable[[list[str]], EncodedTexts] | None = None
+    ):
+        """`encode_new` encodes new pieces as the tokenizer would, which else does it itself.
+
+        Raises `ValueError` for a tokenizer that is not plain byte-pair encoding.
+        """
         model = tokenizer.rust.model
         if not isinstance(model, BPE):
             raise ValueError("its model is not byte-pair encoding")
@@ -74,90 +124,108 @@ class PieceEncoder:
         normalizer, plain = tokenizer.rust.normalizer, f" {_PLAIN} "
         if normalizer is not None and normalizer.normalize_str(plain).replace(_SPACE_SIGN, " ") != plain:
             raise ValueError("it changes plain characters before it reads them")
-        self.tokenizer = tokenizer
+        self.tokenizer, self._encode_new = tokenizer, encode_new or tokenizer.encode_texts
         self._joined = _joined(tokenizer)
         names = list(filter(None, tokenizer.added_tokens()))
         self._openers = {name[0] for name in names}
         self._names = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        self._known: dict[str, bytes] = {}
-        self._known_characters = 0
-        self._doubtful: set[str] = (
-            set()
-        )  # known pieces that stand for themselves otherwise than in a longer text
+        self._memory = np.zeros((1 << _MEMORY_BITS, 2 * _WORDS), np.uint64)  # key; ids and their number
 
-    def encode_many(self, texts: list[str]) -> list[bytes]:
-        """The ids of each text, as `ModelTokenizer.encode_packed` gives them."""
-        kept_whole = [self._holds_name(text) for text in texts]
-        if not any(kept_whole):
-            return self._encode(texts)
-        pairs = list(zip(texts, kept_whole, strict=True))
-        uncut = iter(self.tokenizer.encode_packed([text for text, whole in pairs if whole]))
-        cut = iter(self._encode([text for text, whole in pairs if not whole]))
-        return [next(uncut if whole else cut) for whole in kept_whole]
-
-    def _holds_name(self, text: str) -> bool:
-        return any(map(text.__contains__, self._openers)) and self._names.search(text) is not None
-
-    def _encode(self, texts: list[str]) -> list[bytes]:
-        pieces, borders = self.pieces(texts)
-        found = self._look_up(pieces)
-        encoded = [b"".join(found[start:end]) for start, end in pairwise(borders)]
-        if self._doubtful:
-            for number, (start, end) in enumerate(pairwise(borders)):
-                if not self._doubtful.isdisjoint(pieces[start:end]):
-                    (encoded[number],) = self.tokenizer.encode_packed([texts[number]])
+    def encode_many(self, texts: list[str]) -> EncodedTexts:
+        """The ids of each text, as `ModelTokenizer.encode_texts` gives them."""
+        pieces = self._cut(texts)
+        encoded, doubtful = self._look_up(pieces)
+        encoded = EncodedTexts(encoded.ids, encoded.borders[pieces.borders])
+        whole = self._with_names(texts)
+        whole[np.searchsorted(pieces.borders, doubtful, side="right") - 1] = True
+        if whole.any():
+            uncut = self.tokenizer.encode_texts([text for text, one in zip(texts, whole, strict=True) if one])
+            encoded = encoded.replaced(whole, uncut)
         return encoded
 
-    def pieces(self, texts: list[str]) -> tuple[list[str], list[int]]:
-        """All texts cut at walls; those of text i are pieces[borders[i] : borders[i + 1]]."""
+    def pieces(self, texts: list[str]) -> list[str]:
+        """All texts cut at walls."""
+        pieces = self._cut(texts)
+        return pieces.strings(np.arange(len(pieces.cuts) - 1))
+
+    def _with_names(self, texts: list[str]) -> NDArray[np.bool_]:
+        """Which texts [N] hold an added token's name."""
+
+        def holds_name(text: str) -> bool:
+            return any(map(text.__contains__, self._openers)) and self._names.search(text) is not None
+
+        if holds_name("".join(texts)):
+            return np.asarray([*map(holds_name, texts)], bool)
+        return np.zeros(len(texts), bool)
+
+    def _cut(self, texts: list[str]) -> _Pieces:
         whole = "".join(texts)
-        characters = np.minimum(np.frombuffer(whole.encode("utf-32-le", "surrogatepass"), np.uint32), 0xFFFF)
-        kinds = _KINDS[characters]
-        ends = np.cumsum([0, *map(len, texts)])
-        is_cut = np.zeros(len(whole) + 1, bool)
-        is_cut[1:-1] = _MAY_CUT[kinds[:-1], kinds[1:]]
-        is_cut[1:-1] &= ~self._joined[_slot(characters[:-1], characters[1:])]
+        data = whole.encode("utf-16-le", "surrogatepass")
+        num_units = len(data) // 2
+        if num_units == len(whole):
+            lengths = [*map(len, texts)]
+        else:
+            lengths = [len(text.encode("utf-16-le", "surrogatepass")) // 2 for text in texts]
+        padded = data + bytes(2 * (_UNITS + 1))
+        words = np.ndarray(num_units + _UNITS - 2, "<u8", padded, strides=(2,)).copy()
+        kinds = _KINDS[np.frombuffer(data, "<u2")]
+        is_cut = np.zeros(num_units + 1, bool)
+        is_cut[1:-1] = _MAY_CUT[kinds[:-1] << 3 | kinds[1:]]
+        is_cut[1:-1] &= ~self._joined[_slots(words[: len(kinds[1:])].astype(np.uint32))]
+        ends = np.cumsum([0, *lengths])
         is_cut[ends] = True
         cuts = np.flatnonzero(is_cut)
-        pieces = [whole[start:end] for start, end in pairwise(cuts.tolist())]
-        return pieces, np.searchsorted(cuts, ends).tolist()
+        return _Pieces(whole, words, cuts, np.searchsorted(cuts, ends))
 
-    def _look_up(self, pieces: list[str]) -> list[bytes]:
-        """The ids of each piece; new ones are encoded and remembered."""
-        found = list(map(self._known.get, pieces))
-        missing = [number for number, ids in enumerate(found) if ids is None]
-        if missing:
-            if self._known_characters > _KNOWN_CHARACTERS:
-                self._known.clear()
-                self._doubtful.clear()
-                self._known_characters = 0
-            new = list({pieces[number]: None for number in missing})
-            self._known.update(zip(new, self._encode_new(new), strict=True))
-            self._known_characters += sum(map(len, new))
-            for number in missing:
-                found[number] = self._known[pieces[number]]
-        return found  # type: ignore[return-value]
+    def _look_up(self, pieces: _Pieces) -> tuple[EncodedTexts, NDArray[np.int64]]:
+        """The ids of each piece, and the numbers of those that may be encoded otherwise in a longer text."""
+        keys = pieces.keys()
+        places = (keys @ _FACTORS) >> np.uint64(64 - _MEMORY_BITS)
+        rows = self._memory[places]
+        found = rows[:, _WORDS:].view(np.uint32)  # ids, and their number
+        known = (rows[:, :_WORDS] == keys).all(axis=1)
+        counts = np.where(known, found[:, -1], 0)
+        ids = found[:, :_IDS][np.arange(_IDS) < counts[:, None]]
+        encoded = EncodedTexts(ids, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
+        missing = np.flatnonzero(~known)
+        if not len(missing):
+            return encoded, missing
+        numbers: dict[str, int] = {}
+        which = np.asarray([numbers.setdefault(piece, len(numbers)) for piece in pieces.strings(missing)])
+        new = self._encode_new([*numbers])
+        doubtful = self._doubtful([*numbers], new)
+        first = missing[np.unique(which, return_index=True)[1]]
+        fits = (np.diff(pieces.cuts)[first] <= _UNITS) & (new.lengths <= _IDS) & ~doubtful
+        self._remember(places[first[fits]], keys[first[fits]], new.take(np.flatnonzero(fits)))
+        return encoded.replaced(~known, new.take(which)), missing[doubtful[which]]
 
-    def _encode_new(self, pieces: list[str]) -> list[bytes]:
-        encoded = self.tokenizer.encode_packed(pieces)
+    def _remember(self, places: NDArray[np.uint64], keys: NDArray[np.uint64], encoded: EncodedTexts) -> None:
+        values = np.zeros((len(keys), _IDS + 1), np.uint32)
+        values[:, -1] = encoded.lengths
+        values[:, :_IDS][np.arange(_IDS) < values[:, -1:]] = encoded.ids
+        self._memory[places] = np.concatenate([keys, values.view(np.uint64)], axis=1)
+
+    def _doubtful(self, pieces: list[str], encoded: EncodedTexts) -> NDArray[np.bool_]:
+        """Which pieces are a token that no merge builds, which comes only where it is a whole word."""
         model = self.tokenizer.rust.model
-        if model.ignore_merges:  # some tokens come only where they are a whole word, not by merges
-            model.ignore_merges = False
-            try:
-                merged = self.tokenizer.encode_packed(pieces)
-            finally:
-                model.ignore_merges = True
-            triples = zip(pieces, encoded, merged, strict=True)
-            self._doubtful.update(piece for piece, alone, inside in triples if alone != inside)
-        return encoded
+        if not model.ignore_merges:
+            return np.zeros(len(pieces), bool)
+        model.ignore_merges = False
+        try:
+            merged = self.tokenizer.encode_texts(pieces)
+        finally:
+            model.ignore_merges = True
+        return np.asarray(
+            [alone != inside for alone, inside in zip(encoded.lists(), merged.lists(), strict=True)]
+        )
 
 
 def _joined(tokenizer: ModelTokenizer) -> NDArray[np.bool_]:
-    """For each pair of plain characters, at its `_slot`, whether some token may hold both or a part of both.
+    """For each pair of plain characters, at its place in `_slots`, whether some token may hold both or a part of both.
 
     Pairs share slots, so it may say yes where the answer is no: then there is a cut less, and no token is wrong.
     """
-    vocabulary = tokenizer.rust.get_vocab(with_added_tokens=False)
+    vocabulary = tokenizer.vocabulary
     text = "\0".join(vocabulary)
     if all(symbol in vocabulary for symbol in ByteLevel.alphabet()):
         # A broken character comes out as a lone surrogate a byte.
@@ -165,17 +233,17 @@ def _joined(tokenizer: ModelTokenizer) -> NDArray[np.bool_]:
     else:
         text = text.replace(_SPACE_SIGN, " ")
     characters = np.minimum(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32), 0xFFFF)
-    joined = np.zeros(1 << _TABLE_BITS, bool)
-    joined[_slot(characters[:-1], characters[1:])] = True
+    joined = np.zeros(1 << _PAIR_BITS, bool)
+    joined[_slots(characters[:-1] | characters[1:] << np.uint32(16))] = True
     for lefts, rights in _broken_pairs(text):
-        joined[_slot(lefts[:, None], rights)] = True
+        joined[_slots(lefts[:, None] | rights << np.uint32(16))] = True
     return joined
 
 
-def _slot(lefts: NDArray[np.uint32], rights: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The place of pairs of characters in the table of `_joined`: a multiplicative hash."""
-    mixed = (lefts * np.uint32(65599) + rights) * np.uint32(2654435761)
-    return mixed >> np.uint32(32 - _TABLE_BITS)
+def _slots(pairs: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The places of pairs of characters, the second in the higher bits, in the table of `_joined`: a hash."""
+    hashes: NDArray[np.uint32] = pairs * np.uint32(2654435761) >> np.uint32(32 - _PAIR_BITS)
+    return hashes
 
 
 def _broken_pairs(text: str) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.uint32]]]:
@@ -183,12 +251,18 @@ def _broken_pairs(text: str) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.ui
     for match in re.finditer("([^\0\udc80-\udcff]?)([\udc80-\udcff]+)(?=([^\0]?))", text):
         before, broken, behind = match[1], match[2].encode("utf-8", "surrogateescape"), match[3]
         for start in (place for place, byte in enumerate(broken) if byte >= 0xC0):  # a character begins here
-            lefts = _ending(broken[:start]) if start else _alone(before)
-            yield lefts, _WIDE[(_WIDE_BYTES[:, : len(broken) - start] == [*broken[start:]]).all(axis=1)]
+            yield _ending(broken[:start]) if start else _alone(before), _beginning(broken[start:])
         if behind:
             yield _ending(broken), _alone(behind)
 
 
+@cache
+def _beginning(start: bytes) -> NDArray[np.uint32]:
+    """The plain characters whose UTF-8 begins with these bytes."""
+    return _WIDE[(_WIDE_BYTES[:, : len(start)] == [*start]).all(axis=1)]
+
+
+@cache
 def _ending(end: bytes) -> NDArray[np.uint32]:
     """The plain characters whose UTF-8 ends with these bytes."""
     return _WIDE[(_WIDE_BYTES[:, -len(end) :] == [*end]).all(axis=1)] if len(end) < 3 else _WIDE[:0]

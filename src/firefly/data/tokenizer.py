@@ -4,14 +4,64 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from firefly.errors import ModelError
 from firefly.files import sha256_file
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTexts:
+    """The ids of N texts end to end: those of text i are `ids[borders[i] : borders[i + 1]]`. T tokens in all."""
+
+    ids: NDArray[np.uint32]  # T
+    borders: NDArray[np.int64]  # N + 1
+
+    @classmethod
+    def of(cls, each: Iterable[list[int]]) -> EncodedTexts:
+        """The ids of one text after the other."""
+        ids, borders = array("I"), [0]
+        for one in each:
+            ids.fromlist(one)
+            borders.append(len(ids))
+        return cls(np.asarray(ids, np.uint32), np.asarray(borders, np.int64))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many tokens each text has [N]."""
+        return np.diff(self.borders)
+
+    def lists(self) -> list[list[int]]:
+        """The ids of each text."""
+        return [self.ids[start:end].tolist() for start, end in pairwise(self.borders.tolist())]
+
+    def take(self, numbers: NDArray[np.int64]) -> EncodedTexts:
+        """The texts of these numbers, in this order."""
+        lengths = self.lengths[numbers]
+        ids = self.ids[spans(self.borders[numbers], lengths)]
+        return EncodedTexts(ids, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def replaced(self, where: NDArray[np.bool_], others: EncodedTexts) -> EncodedTexts:
+        """The same with the texts at `where` [N] taken from `others`, in order."""
+        borders = np.concatenate([self.borders, self.borders[-1] + others.borders[1:]])
+        numbers = np.arange(len(where))
+        numbers[where] = len(where) + np.arange(len(others.borders) - 1)
+        return EncodedTexts(np.concatenate([self.ids, others.ids]), borders).take(numbers)
+
+
+def spans(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The places start, start + 1, … start + length − 1 of each span, one span after the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(lengths.sum())
 
 
 @dataclass(frozen=True)
@@ -70,10 +120,15 @@ class ModelTokenizer:
         """Number of tokens, added ones included."""
         return int(self.rust.get_vocab_size())
 
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The tokens of the model proper with their ids, as tokenizer.json writes them."""
+        return dict(self.rust.get_vocab(with_added_tokens=False))
+
     @property
     def highest_id(self) -> int:
         """The highest token id; more than the number of tokens where ids have holes."""
-        return int(max(self.rust.get_vocab().values()))
+        return max([*self.vocabulary.values(), *self.added_tokens().values()])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, nothing added; a special token's name in the text stays plain text."""
@@ -83,10 +138,11 @@ class ModelTokenizer:
         """`encode` for many texts at once, on all cores."""
         return [list(item.ids) for item in self.rust.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_packed(self, texts: list[str]) -> list[bytes]:
-        """`encode_many` with each text's ids as the bytes of native 32-bit numbers, which join and compare fast."""
-        found = self.rust.encode_batch_fast(texts, add_special_tokens=False)
-        return [array("I", item.ids).tobytes() for item in found]
+    def encode_texts(self, texts: list[str]) -> EncodedTexts:
+        """`encode_many` into one array."""
+        return EncodedTexts.of(
+            item.ids for item in self.rust.encode_batch_fast(texts, add_special_tokens=False)
+        )
 
     def encode_with_specials(self, text: str) -> list[int]:
         """Token ids of a rendered text, in which the names of special tokens mean the tokens."""

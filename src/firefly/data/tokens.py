@@ -12,9 +12,9 @@ Of preferences each gives two samples in a row, the chosen answer's and the reje
 `pairs`. A dataset holds preferences alone, or none.
 
 Lines are rendered, encoded, masked and cut in blocks by worker processes and appended in order, so the bytes are the
-same for any number of workers, and memory does not grow with the dataset. The faster encoder works only after its
-proof; every 100th block and the last one of a split are encoded by the standard one too, and after a difference
-everything since the last such block is done again without it.
+same for any number of workers, and memory does not grow with the dataset. In each worker a faster encoder works only
+after its proof; every 100th block and the last one of a split are encoded by the standard one too, and after a
+difference everything since the last such block is done again without it.
 
 Opening a directory with another tokenizer is an error, not a surprise.
 """
@@ -22,14 +22,14 @@ Opening a directory with another tokenizer is an error, not a surprise.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,19 +38,20 @@ from firefly.console import progress, say, warn
 from firefly.data.chatformat import ChatFormat, Encode, Rendered, RenderedBlock, open_format
 from firefly.data.dataset import FILES
 from firefly.data.encoder import ENCODERS, fastest
-from firefly.data.engine import ordered_map
+from firefly.data.engine import ordered_map, warm_up
 from firefly.data.example import Example
 from firefly.data.overlong import fit, fit_pair
 from firefly.data.stats import length_chart
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.errors import InputError, ModelError
-from firefly.files import directory_atomic, locate, read_lines, sha256_file, write_json
+from firefly.files import directory_atomic, locate, sha256_file, write_json
 from firefly.recipe import DataSection
 
 SPLITS = ("train", "validation")
-_BLOCK_RECORDS, _BLOCK_CHARACTERS = 1000, 1 << 20
+_BLOCK_BYTES = 1 << 19
 _AUDIT_EVERY = 100  # blocks
-_SMALL_BYTES = 4 << 20  # a smaller dataset is encoded before worker processes would have started
+_SMALL_BYTES = 4 << 20  # a smaller file is encoded before workers and faster encoders would be ready
+_ENCODERS = tuple(ENCODERS)  # the faster encoders to try
 
 
 @dataclass(frozen=True)
@@ -145,20 +146,21 @@ def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> 
     Raises `InputError` for a damaged line, or when a sample is too long and the recipe does not say what to do.
     """
     model = locate(str(model))
-    tokenizer = ModelTokenizer.load(model)
-    chat_format = open_format(data.chat_format, tokenizer)
+    for split in SPLITS:
+        if not (dataset / FILES[split]).is_file():
+            raise InputError(f"{dataset / FILES[split]} does not exist; run `firefly data` first.")
+    job = _Job(model, dataset, data, uuid4().hex, _ENCODERS)
+    if not _is_small(dataset / FILES["train"]):  # the workers get ready while this process does
+        warm_up(partial(_tools, job), engine=data.engine, num_workers=data.num_workers)
+    tokenizer = _tokenizer(job.run, model)
+    chat_format = _chat_format(job.run, model, data.chat_format)
     dtype = np.dtype(np.uint16 if tokenizer.highest_id < 1 << 16 else np.uint32)
-    fast = _proved(tokenizer, dataset / FILES["train"])
     kinds: dict[str, int] = {}
     with directory_atomic(out) as place:
         writers = {}
         for split in SPLITS:
-            path = dataset / FILES[split]
-            if not path.is_file():
-                raise InputError(f"{path} does not exist; run `firefly data` first.")
             writers[split] = _SplitWriter(place / split, dtype, kinds, data.max_seq_length)
-            job = _Job(model, tokenizer.sha256, path, data, dtype.name, path.stat().st_size < _SMALL_BYTES)
-            fast = _encode_split(job, writers[split], fast, f"encode {split}")
+            job = _encode_split(job, split, writers[split])
         if writers["train"].counts["samples"] == 0:
             raise InputError(f"{dataset} leaves no training sample of at most {data.max_seq_length} tokens.")
         examples, preferences = (
@@ -204,6 +206,10 @@ def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> 
     return result
 
 
+def _is_small(path: Path) -> bool:
+    return path.stat().st_size < _SMALL_BYTES
+
+
 def _tell(cuts: dict[str, dict[str, int]]) -> None:
     """Print what was cut, a line a kind and a column a reason."""
     if not cuts:
@@ -218,28 +224,31 @@ def _tell(cuts: dict[str, dict[str, int]]) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker must know; it travels with every block."""
+    """What a worker must know; it travels with every block. `run`: no two runs have the same."""
 
     model: Path
-    tokenizer_sha256: str
-    path: Path
+    dataset: Path
     data: DataSection
-    dtype: str
-    small: bool
+    run: str
+    encoders: tuple[str, ...]  # the faster ones to try
 
 
 @dataclass(frozen=True)
 class _Lines:
-    """Lines of the dataset, with their numbers in the file (from 1); `first` is the first one's place."""
+    """Whole lines of a file; `first` is the first one's number in it, from 1."""
 
+    path: Path
     first: int
-    lines: list[tuple[int, str]]
+    content: bytes
     audit: bool
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """The samples of one block. `names` are its kinds; `agreed`: an audit found no difference."""
+    """The samples of one block. `names` are its kinds, `origins` count its examples from 0.
+
+    `agreed`: an audit found no difference; `refused`: why the standard encoder works, where a faster one should have.
+    """
 
     ids: NDArray[Any]
     mask: NDArray[np.uint8]
@@ -253,19 +262,27 @@ class _Encoded:
     num_preferences: int
     audit: bool
     agreed: bool
+    refused: str
 
 
-def _encode_split(job: _Job, writer: _SplitWriter, fast: str | None, label: str) -> str | None:
-    """Encode one file into `writer`; returns the faster encoder that may go on."""
-    workers = 1 if job.small else job.data.num_workers
+def _encode_split(job: _Job, split: str, writer: _SplitWriter) -> _Job:
+    """Encode one file into `writer`; returns the job as it may go on."""
+    path = job.dataset / FILES[split]
+    if _is_small(path):
+        job = replace(job, encoders=())
+    workers = 1 if _is_small(path) else job.data.num_workers
     mark, done = writer.mark(), 0  # everything up to here is sure
-    with progress(label, None, "examples") as bar:
+    with progress(f"encode {split}", None, "examples") as bar:
         while True:
-            work = partial(_encode_block, job, fast)
-            blocks = islice(_blocks(job.path), done, None)
+            blocks = islice(_blocks(path), done, None)
             number = done
+            work = partial(_encode_block, job)
             for block in ordered_map(work, blocks, engine=job.data.engine, num_workers=workers):
                 number += 1
+                if number == 1 and block.refused:
+                    say(
+                        f"encode: the standard encoder does the work; no faster one passed its proof ({block.refused})"
+                    )
                 if not block.agreed:
                     break
                 writer.add(block)
@@ -274,35 +291,24 @@ def _encode_split(job: _Job, writer: _SplitWriter, fast: str | None, label: str)
                     mark, done = writer.mark(), number
             else:
                 writer.close()
-                return fast
+                return job
             warn(
-                f"{job.path}: the faster encoder and the standard one differ; what only the faster one has encoded "
+                f"{path}: the faster encoder and the standard one differ; what only the faster one has encoded "
                 "is done again, and the standard one goes on"
             )
             writer.rewind(mark)
-            fast = None
-
-
-def _proved(tokenizer: ModelTokenizer, path: Path) -> str | None:
-    """The encoder that gives the tokenizer's own ids for a sample of the file and for hard texts, if any does."""
-    name, refused = fastest(tokenizer, _sample(path))
-    if name is None:
-        why = "; ".join(f"{encoder}: {reason}" for encoder, reason in refused.items())
-        say(f"encode: the standard encoder does the work; the faster ones did not pass their proof ({why})")
-    return name
+            job = replace(job, encoders=())
 
 
 def _sample(path: Path, places: int = 16, lines: int = 32) -> list[str]:
     """Texts from all over a dataset file."""
     texts: list[str] = []
-    if not path.is_file():
-        return texts
     with path.open("rb") as handle:
         for place in range(places):
             handle.seek(path.stat().st_size * place // places)
             if place:
-                handle.readline(_BLOCK_CHARACTERS)
-            for line in (handle.readline(_BLOCK_CHARACTERS) for _ in range(lines)):
+                handle.readline(_BLOCK_BYTES)
+            for line in (handle.readline(_BLOCK_BYTES) for _ in range(lines)):
                 try:
                     example = Example.from_record(json.loads(line), path, 0)
                 except (ValueError, AttributeError, RecursionError):  # the encoding itself tells of bad lines
@@ -313,55 +319,82 @@ def _sample(path: Path, places: int = 16, lines: int = 32) -> list[str]:
 
 def _blocks(path: Path) -> Iterator[_Lines]:
     """The lines of a dataset file in blocks; every `_AUDIT_EVERY`th and the last are to be audited."""
-    if path.stat().st_size == 0:  # nothing was held out
-        return
-    number, first, size = 0, 0, 0
-    waiting: list[tuple[int, str]] = []
-    for line in ((number, line) for number, line in read_lines(path) if line.strip()):
-        if len(waiting) == _BLOCK_RECORDS or size > _BLOCK_CHARACTERS:
-            number += 1
-            yield _Lines(first, waiting, number % _AUDIT_EVERY == 0)
-            first, waiting, size = first + len(waiting), [], 0
-        waiting.append(line)
-        size += len(line[1])
-    if waiting:
-        yield _Lines(first, waiting, True)
+    with path.open("rb") as handle:
+        first, content = 1, handle.read(_BLOCK_BYTES) + handle.readline()
+        for number in count(1):
+            following = handle.read(_BLOCK_BYTES) + handle.readline()
+            if content:
+                yield _Lines(path, first, content, number % _AUDIT_EVERY == 0 or not following)
+            if not following:
+                return
+            first, content = first + content.count(b"\n"), following
 
 
-def _encode_block(job: _Job, fast: str | None, block: _Lines) -> _Encoded:
+def _encode_block(job: _Job, block: _Lines) -> _Encoded:
     """Lines → examples → rendered, encoded, masked, cut; in a worker process."""
-    if not job.small:  # every core has a worker already
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    chat_format, quick = _tools(job.model, job.tokenizer_sha256, job.data.chat_format, fast)
-    records = [_example(line, number, job.path) for number, line in block.lines]
+    chat_format, encoder, refused = _tools(job)
+    records = _examples(block)
     examples = [side for record in records for side in record.answered]
-    rendered = _render(examples, chat_format, None if block.audit else quick)
+    rendered = _render(examples, chat_format, encoder if not block.audit else None)
     agreed = True
-    if fast and block.audit:
-        again = _render(examples, chat_format, quick)
+    if encoder is not None and block.audit:
+        again = _render(examples, chat_format, encoder)
         agreed = bool(
             np.array_equal(again.borders, rendered.borders) and np.array_equal(again.ids, rendered.ids)
         )
-    return _cut(records, examples, rendered, chat_format, job, block, agreed)
+    return _cut(records, examples, rendered, chat_format, job, block, agreed, refused)
 
 
-@lru_cache(maxsize=2)
-def _tools(model: Path, _sha256: str, chat_format: str, fast: str | None) -> tuple[ChatFormat, Encode | None]:
-    """What a worker loads once; the hash is there so that another tokenizer in the same place is another one."""
-    tokenizer = ModelTokenizer.load(model)
-    return open_format(chat_format, tokenizer), ENCODERS[fast](tokenizer).encode_many if fast else None
+def _tools(job: _Job) -> tuple[ChatFormat, Encode | None, str]:
+    """What a worker needs for a run: the format, the faster encoder that proved itself, or why none did."""
+    encoder, refused = _encoder(job.run, job.model, job.dataset / FILES["train"], job.encoders)
+    return _chat_format(job.run, job.model, job.data.chat_format), encoder, refused
 
 
-def _example(line: str, number: int, path: Path) -> Example:
+@lru_cache(maxsize=1)
+def _tokenizer(_run: str, model: Path) -> ModelTokenizer:
+    return ModelTokenizer.load(model)
+
+
+@lru_cache(maxsize=1)
+def _chat_format(run: str, model: Path, name: str) -> ChatFormat:
+    return open_format(name, _tokenizer(run, model))
+
+
+@lru_cache(maxsize=1)
+def _encoder(run: str, model: Path, path: Path, names: tuple[str, ...]) -> tuple[Encode | None, str]:
+    if not names:
+        return None, ""
+    encoder, refused = fastest(_tokenizer(run, model), _sample(path), names)
+    if encoder is None:
+        return None, "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    return encoder.encode_many, ""
+
+
+def _examples(block: _Lines) -> list[Example]:
+    """The examples of a block; raises `InputError` for a damaged line."""
     try:
-        record = json.loads(line)
+        lines = block.content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = block.first + block.content.count(b"\n", 0, error.start)
+        raise InputError(
+            f"{block.path}, line {line}: not valid UTF-8 ({error.reason}); run `firefly data` again."
+        ) from error
+    return [
+        _example(line, block.path, number) for number, line in enumerate(lines, block.first) if line.strip()
+    ]
+
+
+def _example(text: str, path: Path, line: int) -> Example:
+    try:
+        record = json.loads(text)
         if not isinstance(record, dict):
             raise ValueError("no JSON object")
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{path}, line {number}: not valid JSON ({error}); run `firefly data` again."
+            f"{path}, line {line}: not valid JSON ({error}); run `firefly data` again."
         ) from error
-    return Example.from_record(record, path, number)
+    return Example.from_record(record, path, line)
 
 
 def _render(examples: list[Example], chat_format: ChatFormat, encode: Encode | None) -> RenderedBlock:
@@ -385,6 +418,7 @@ def _cut(
     job: _Job,
     block: _Lines,
     agreed: bool,
+    refused: str,
 ) -> _Encoded:
     """Cut what is too long; most blocks have nothing of the kind and stay as they are.
 
@@ -394,7 +428,6 @@ def _cut(
     num_sides = [1 if record.rejected is None else 2 for record in records]
     lines = np.repeat(np.arange(len(records)), num_sides)  # of each example, counted from the block's first
     begins = np.cumsum([0, *num_sides])
-    origins = lines + block.first
     target_bytes = rendered.answer_bytes
     cuts: Counter[tuple[str, str]] = Counter()
     overlong = np.unique(lines[lengths > job.data.max_seq_length]).tolist()
@@ -432,23 +465,23 @@ def _cut(
                         ]
                         rows.append((len(part.sample.ids), part.target_bytes, line))
         ids, mask = np.concatenate(pieces[0::2]), np.concatenate(pieces[1::2])
-        table = np.asarray(rows, np.int64).reshape(-1, 3)
-        lengths, target_bytes, origins = table[:, 0], table[:, 1], table[:, 2] + block.first
+        lengths, target_bytes, lines = np.asarray(rows, np.int64).reshape(-1, 3).T
     names = {name: number for number, name in enumerate(dict.fromkeys(one.kind for one in records))}
-    kinds = np.asarray([names[one.kind] for one in records], np.int64)[origins - block.first]
+    kinds = np.asarray([names[one.kind] for one in records], np.int64)[lines]
     return _Encoded(
-        ids.astype(job.dtype),
+        ids,
         mask,
         lengths,
         kinds,
         list(names),
         target_bytes,
-        origins,
+        lines,
         cuts,
         len(records),
         num_sides.count(2),
         block.audit,
         agreed,
+        refused,
     )
 
 
@@ -502,13 +535,13 @@ class _SplitWriter:
 
     def add(self, block: _Encoded) -> None:
         """Append the samples of one block."""
-        self.tokens.write(block.ids.tobytes())
+        self.tokens.write(block.ids.astype(self.dtype).tobytes())
         self.mask.write(block.mask.tobytes())
         numbers = np.asarray([self.kinds.setdefault(name, len(self.kinds)) for name in block.names], np.int64)
         self.columns["borders"].append(self.counts["tokens"] + np.cumsum(block.lengths))
         self.columns["kinds"].append(numbers[block.kinds])
         self.columns["bytes"].append(block.target_bytes)
-        self.columns["origins"].append(block.origins)
+        self.columns["origins"].append(self.counts["examples"] + block.origins)
         self.counts["examples"] += block.num_examples
         self.counts["preferences"] += block.num_preferences
         self.counts["samples"] += len(block.lengths)
