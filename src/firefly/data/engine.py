@@ -55,7 +55,7 @@ def warm_up(function: Callable[[], Any], *, engine: str = "local", num_workers: 
     if engine == "local" and workers > 1:
         executor = _executor(workers)
         for _ in range(workers):
-            executor.submit(function)
+            executor.submit(_call, function)
 
 
 def available_cores() -> int:
@@ -80,6 +80,10 @@ def _executor(num_workers: int) -> Any:
     from loky import get_reusable_executor
 
     return get_reusable_executor(max_workers=num_workers, timeout=_IDLE_S, env=_ONE_CORE)
+
+
+def _call(function: Callable[[], Any]) -> None:
+    function()
 
 
 def _result(future: Any) -> Any:

@@ -259,7 +259,8 @@ def _broken_pairs(text: str) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.ui
 @cache
 def _beginning(start: bytes) -> NDArray[np.uint32]:
     """The plain characters whose UTF-8 begins with these bytes."""
-    return _WIDE[(_WIDE_BYTES[:, : len(start)] == [*start]).all(axis=1)]
+    begins: NDArray[np.bool_] = (_WIDE_BYTES[:, : len(start)] == [*start]).all(axis=1)
+    return _WIDE[begins]
 
 
 @cache
