@@ -71,10 +71,11 @@ def read_raw(pack: Path, count: int) -> list[Raw]:
 def synthesise(raw: Sequence[Raw], count: int) -> Iterator[Raw]:
     """`count` records by repetition, each with some noise, so that no two are the same."""
     rng = random.Random(0)
-    for number in range(count):
-        kind, fields = raw[number % len(raw)] if number < len(raw) else rng.choice(raw)
+    yield from raw[:count]
+    for number in range(len(raw), count):
+        kind, fields = rng.choice(raw)
         first = next(iter(fields))
-        yield kind, fields | {first: f"{fields[first]}{number}" if number >= len(raw) else fields[first]}
+        yield kind, fields | {first: f"{fields[first]}{number}"}
 
 
 def blocks(records: Iterator[Raw]) -> Iterator[tuple[int, list[Raw]]]:
@@ -96,7 +97,7 @@ def templated(block: tuple[int, list[Raw]]) -> bytes:
     lines = []
     for number, (kind, fields) in enumerate(records, start=first):
         if kind:
-            example = tasks[kind].render(fields, source=str(number), variant=number)
+            example = tasks[kind].render(fields, source=str(number))
         else:
             example = Example.of("BELLE", fields["input"], fields["target"], str(number))
         lines.append(example.to_json() + "\n")

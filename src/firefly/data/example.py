@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from json.encoder import encode_basestring as _quoted  # a text as `json.dumps` writes it, with ensure_ascii=False
 from typing import Any, Literal, cast
 
 from firefly.errors import InputError
@@ -78,19 +79,20 @@ class Example:
 
     def to_json(self) -> str:
         """The record as one JSON line, without the line end."""
+        if self.rejected is None and [message.role for message in self.messages] == ["user", "assistant"]:
+            question, answer = (_quoted(message.content) for message in self.messages)  # most are such
+            kind, source = _quoted(self.kind), _quoted(self.source)
+            return f'{{"kind": {kind}, "input": {question}, "target": {answer}, "source": {source}}}'
         record: dict[str, Any] = {"kind": self.kind}
-        answers = (
-            {"target": self.target}
-            if self.rejected is None
-            else {"chosen": self.target, "rejected": self.rejected}
-        )
-        if [message.role for message in self.messages] == ["user", "assistant"]:
-            record |= {"input": self.messages[0].content, **answers}
-        elif self.rejected is None:
-            record["messages"] = [{"role": m.role, "content": m.content} for m in self.messages]
+        turns = [{"role": message.role, "content": message.content} for message in self.messages]
+        if self.rejected is None:
+            record["messages"] = turns
         else:
-            record["messages"] = [{"role": m.role, "content": m.content} for m in self.messages[:-1]]
-            record |= answers
+            if [turn["role"] for turn in turns] == ["user", "assistant"]:
+                record["input"] = turns[0]["content"]
+            else:
+                record["messages"] = turns[:-1]
+            record |= {"chosen": self.target, "rejected": self.rejected}
         record["source"] = self.source
         return _to_json(record)
 

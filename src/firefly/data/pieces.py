@@ -49,7 +49,7 @@ _CUTS = {
 
 _SPACE_SIGN = "\u2581"  # how tokenizers with byte fallback write a space
 _PAIR_BITS = 22  # places in the table of joined pairs
-_MEMORY_BITS = 19  # places in the table of pieces: 32 MiB
+_MEMORY_BITS = 20  # places in the table of pieces: 64 MiB
 _UNITS, _IDS = 15, 7  # a piece in the table has at most so many UTF-16 units and ids
 _WORDS = 4  # of 64 bits, for a piece's units and their number; as many for its ids and their number
 

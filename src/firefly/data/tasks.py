@@ -55,6 +55,9 @@ class Direction:
         return frozenset(_PLACEHOLDER.findall("".join((self.target, *self.templates))))
 
 
+_Option = tuple[Direction, str, float]
+
+
 @dataclass(frozen=True, config=_STRICT)
 class TaskSource:
     """Where data for a task comes from, for the dataset's card."""
@@ -85,18 +88,20 @@ class Task:
         """The directions that a record with these fields can be asked in."""
         return [direction for direction in self.directions if direction.needs.issubset(names)]
 
-    def _options(self, names: frozenset[str]) -> list[tuple[Direction, str, float]]:
-        """The templates that such a record can be asked with, each with its direction and weight."""
+    def _options(self, names: frozenset[str]) -> tuple[list[_Option], list[slice]]:
+        """The templates that such a record can be asked with, each with its direction and weight, and each direction's."""
         if names not in self._known_options:
-            self._known_options[names] = [
-                (direction, template, direction.weight / len(direction.templates))
-                for direction in self.eligible(names)
-                for template in direction.templates
-            ]
+            options: list[_Option] = []
+            spans = []
+            for direction in self.eligible(names):
+                weight = direction.weight / len(direction.templates)
+                spans.append(slice(len(options), len(options) + len(direction.templates)))
+                options += [(direction, template, weight) for template in direction.templates]
+            self._known_options[names] = options, spans
         return self._known_options[names]
 
     @cached_property
-    def _known_options(self) -> dict[frozenset[str], list[tuple[Direction, str, float]]]:
+    def _known_options(self) -> dict[frozenset[str], tuple[list[_Option], list[slice]]]:
         return {}
 
     def render(self, fields: Mapping[str, str], *, source: str, variant: int = 0, seed: int = 0) -> Example:
@@ -106,7 +111,7 @@ class Task:
         Raises `InputError` when the record lacks the fields of every direction, or has an unknown value.
         """
         present = {name: text for name, text in fields.items() if text.strip()}
-        options = self._options(frozenset(present))
+        options, spans = self._options(frozenset(present))
         if not options:
             needed = " or ".join(
                 sorted({" + ".join(sorted(direction.needs)) for direction in self.directions})
@@ -119,12 +124,15 @@ class Task:
         key = json.dumps([seed, self.kind, sorted(present.items())])
         noise = hashlib.shake_256(key.encode("ascii")).digest(8 * len(options))
         numbers = struct.unpack(f">{len(options)}Q", noise)
-        rings = [
-            -math.log((number + 1) / 2**64) / weight
-            for number, (_, _, weight) in zip(numbers, options, strict=True)
-        ]
-        order = sorted(range(len(options)), key=rings.__getitem__)
-        direction, template, _ = options[order[variant % len(order)]]
+
+        def ring(option: int) -> float:
+            return -math.log((numbers[option] + 1) / 2**64) / options[option][2]
+
+        if variant % len(options):
+            chosen = sorted(range(len(options)), key=ring)[variant % len(options)]
+        else:  # as nearly always; of the clocks of a direction, which have one rate, the highest number's rings first
+            chosen = min((numbers.index(max(numbers[span])) for span in spans), key=ring)
+        direction, template, _ = options[chosen]
         texts = present | {
             name: _mapped(name, present[name], mapping, source) for name, mapping in direction.values.items()
         }
