@@ -21,7 +21,12 @@ Block = TypeVar("Block")
 Result = TypeVar("Result")
 _ON_THE_WAY = 2  # blocks a worker: one in work, one waiting
 _IDLE_S = 10  # after which workers end
-_ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # every core has a worker already
+_WORKER = {
+    "TOKENIZERS_PARALLELISM": "false",  # every core has a worker already
+    "OMP_NUM_THREADS": "1",
+    "LOKY_MAX_MEMORY_LEAK_SIZE": "1e12",  # bytes; a tokenizer that is loaded late is no leak
+}
+
 
 
 def ordered_map(
@@ -49,13 +54,15 @@ def ordered_map(
         yield from _in_processes(function, blocks, num_workers or available_cores())
 
 
-def warm_up(function: Callable[[], Any], *, engine: str = "local", num_workers: int = 0) -> None:
-    """Start the worker processes of the next `ordered_map`, each with a call of `function`; waits for nothing."""
+def call_everywhere(function: Callable[[], Result], *, engine: str = "local", num_workers: int = 0) -> Result:
+    """Call `function` in each process of the next `ordered_map`, which makes it ready; returns the first's result."""
     workers = num_workers or available_cores()
-    if engine == "local" and workers > 1:
-        executor = _executor(workers)
-        for _ in range(workers):
-            executor.submit(_call, function)
+    if engine == "ray" or workers == 1:
+        return function()
+    executor = _executor(workers)
+    first, *_ = [executor.submit(function) for _ in range(workers)]
+    found: Result = first.result()
+    return found
 
 
 def available_cores() -> int:
@@ -79,11 +86,7 @@ def _executor(num_workers: int) -> Any:
     # loky: workers do not inherit threads, and do not import the caller's script as `spawn` would.
     from loky import get_reusable_executor
 
-    return get_reusable_executor(max_workers=num_workers, timeout=_IDLE_S, env=_ONE_CORE)
-
-
-def _call(function: Callable[[], Any]) -> None:
-    function()
+    return get_reusable_executor(max_workers=num_workers, timeout=_IDLE_S, env=_WORKER)
 
 
 def _result(future: Any) -> Any:
@@ -105,7 +108,7 @@ def _on_ray(
         ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
 
     def work(block: Block) -> Result:  # Ray refuses a `partial`
-        os.environ.update(_ONE_CORE)
+        os.environ.update(_WORKER)
         return function(block)
 
     remote = ray.remote(work)

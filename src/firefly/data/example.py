@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from pathlib import Path
-from json.encoder import encode_basestring as _quoted  # a text as `json.dumps` writes it, with ensure_ascii=False
 from typing import Any, Literal, cast
 
 from firefly.errors import InputError
@@ -80,8 +80,8 @@ class Example:
     def to_json(self) -> str:
         """The record as one JSON line, without the line end."""
         if self.rejected is None and [message.role for message in self.messages] == ["user", "assistant"]:
-            question, answer = (_quoted(message.content) for message in self.messages)  # most are such
-            kind, source = _quoted(self.kind), _quoted(self.source)
+            texts = (self.kind, self.messages[0].content, self.target, self.source)  # most are such
+            kind, question, answer, source = map(encode_basestring, texts)
             return f'{{"kind": {kind}, "input": {question}, "target": {answer}, "source": {source}}}'
         record: dict[str, Any] = {"kind": self.kind}
         turns = [{"role": message.role, "content": message.content} for message in self.messages]

@@ -72,7 +72,7 @@ for _kind, _members in _MEMBERS.items():
     _MAY_CUT[[8 * _kind + _next for _next in _CUTS.get(_kind, ())]] = True
 _PLAIN = "".join(_MEMBERS.values())
 _WIDE = np.asarray([ord(one) for one in _PLAIN if len(one.encode()) == 3], np.uint32)
-_WIDE_BYTES = np.frombuffer("".join(map(chr, _WIDE)).encode(), np.uint8).reshape(-1, 3)
+_WIDE_BYTES = np.asarray([int.from_bytes(chr(one).encode()) for one in _WIDE.tolist()])  # in UTF-8, 24 bits
 
 # How byte-level tokenizers write bytes: those that are visible in Latin-1 as that character, the others from U+0100 on.
 _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -259,14 +259,15 @@ def _broken_pairs(text: str) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.ui
 @cache
 def _beginning(start: bytes) -> NDArray[np.uint32]:
     """The plain characters whose UTF-8 begins with these bytes."""
-    begins: NDArray[np.bool_] = (_WIDE_BYTES[:, : len(start)] == [*start]).all(axis=1)
-    return _WIDE[begins]
+    return (
+        _WIDE[_WIDE_BYTES >> 8 * (3 - len(start)) == int.from_bytes(start)] if len(start) < 3 else _WIDE[:0]
+    )
 
 
 @cache
 def _ending(end: bytes) -> NDArray[np.uint32]:
     """The plain characters whose UTF-8 ends with these bytes."""
-    return _WIDE[(_WIDE_BYTES[:, -len(end) :] == [*end]).all(axis=1)] if len(end) < 3 else _WIDE[:0]
+    return _WIDE[_WIDE_BYTES % 256 ** len(end) == int.from_bytes(end)] if len(end) < 3 else _WIDE[:0]
 
 
 def _alone(character: str) -> NDArray[np.uint32]:

@@ -89,7 +89,7 @@ class Task:
         return [direction for direction in self.directions if direction.needs.issubset(names)]
 
     def _options(self, names: frozenset[str]) -> tuple[list[_Option], list[slice]]:
-        """The templates that such a record can be asked with, each with its direction and weight, and each direction's."""
+        """The templates for such a record, each with its direction and weight, and where each direction's are."""
         if names not in self._known_options:
             options: list[_Option] = []
             spans = []

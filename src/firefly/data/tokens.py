@@ -38,7 +38,7 @@ from firefly.console import progress, say, warn
 from firefly.data.chatformat import ChatFormat, Encode, Rendered, RenderedBlock, open_format
 from firefly.data.dataset import FILES
 from firefly.data.encoder import ENCODERS, fastest
-from firefly.data.engine import ordered_map, warm_up
+from firefly.data.engine import call_everywhere, ordered_map
 from firefly.data.example import Example
 from firefly.data.overlong import fit, fit_pair
 from firefly.data.stats import length_chart
@@ -149,18 +149,19 @@ def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> 
     for split in SPLITS:
         if not (dataset / FILES[split]).is_file():
             raise InputError(f"{dataset / FILES[split]} does not exist; run `firefly data` first.")
-    job = _Job(model, dataset, data, uuid4().hex, _ENCODERS)
-    if not _is_small(dataset / FILES["train"]):  # the workers get ready while this process does
-        warm_up(partial(_tools, job), engine=data.engine, num_workers=data.num_workers)
-    tokenizer = _tokenizer(job.run, model)
-    chat_format = _chat_format(job.run, model, data.chat_format)
-    dtype = np.dtype(np.uint16 if tokenizer.highest_id < 1 << 16 else np.uint32)
+    if (dataset / FILES["train"]).stat().st_size < _SMALL_BYTES:
+        job = _Job(model, dataset, data, uuid4().hex, 1, ())
+    else:
+        job = _Job(model, dataset, data, uuid4().hex, data.num_workers, _ENCODERS)
+    facts = call_everywhere(partial(_facts, job), engine=data.engine, num_workers=job.workers)
+    dtype = np.dtype(np.uint16 if facts.highest_id < 1 << 16 else np.uint32)
     kinds: dict[str, int] = {}
     with directory_atomic(out) as place:
         writers = {}
         for split in SPLITS:
             writers[split] = _SplitWriter(place / split, dtype, kinds, data.max_seq_length)
-            job = _encode_split(job, split, writers[split])
+            if not _encode_split(job, split, writers[split]):
+                job = replace(job, encoders=())
         if writers["train"].counts["samples"] == 0:
             raise InputError(f"{dataset} leaves no training sample of at most {data.max_seq_length} tokens.")
         examples, preferences = (
@@ -193,8 +194,8 @@ def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> 
             "max_seq_length": data.max_seq_length,
             "pairs": preferences > 0,
             "chat_format": data.chat_format,
-            "stop_ids": list(chat_format.stop_ids),
-            "tokenizer_sha256": tokenizer.sha256,
+            "stop_ids": list(facts.stop_ids),
+            "tokenizer_sha256": facts.tokenizer_sha256,
             "sha256": {
                 path.relative_to(place).as_posix(): sha256_file(path)
                 for path in sorted(place.rglob("*"))
@@ -204,10 +205,6 @@ def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> 
         write_json(place / "index.json", index)
     _tell(by_kind)
     return result
-
-
-def _is_small(path: Path) -> bool:
-    return path.stat().st_size < _SMALL_BYTES
 
 
 def _tell(cuts: dict[str, dict[str, int]]) -> None:
@@ -230,6 +227,7 @@ class _Job:
     dataset: Path
     data: DataSection
     run: str
+    workers: int
     encoders: tuple[str, ...]  # the faster ones to try
 
 
@@ -265,19 +263,19 @@ class _Encoded:
     refused: str
 
 
-def _encode_split(job: _Job, split: str, writer: _SplitWriter) -> _Job:
-    """Encode one file into `writer`; returns the job as it may go on."""
+def _encode_split(job: _Job, split: str, writer: _SplitWriter) -> bool:
+    """Encode one file into `writer`; returns whether the faster encoder may go on."""
     path = job.dataset / FILES[split]
-    if _is_small(path):
+    if path.stat().st_size <= _BLOCK_BYTES:  # a single block, which would be audited
         job = replace(job, encoders=())
-    workers = 1 if _is_small(path) else job.data.num_workers
+    agreed = True
     mark, done = writer.mark(), 0  # everything up to here is sure
     with progress(f"encode {split}", None, "examples") as bar:
         while True:
             blocks = islice(_blocks(path), done, None)
             number = done
             work = partial(_encode_block, job)
-            for block in ordered_map(work, blocks, engine=job.data.engine, num_workers=workers):
+            for block in ordered_map(work, blocks, engine=job.data.engine, num_workers=job.workers):
                 number += 1
                 if number == 1 and block.refused:
                     say(
@@ -291,13 +289,13 @@ def _encode_split(job: _Job, split: str, writer: _SplitWriter) -> _Job:
                     mark, done = writer.mark(), number
             else:
                 writer.close()
-                return job
+                return agreed
             warn(
                 f"{path}: the faster encoder and the standard one differ; what only the faster one has encoded "
                 "is done again, and the standard one goes on"
             )
             writer.rewind(mark)
-            job = replace(job, encoders=())
+            agreed, job = False, replace(job, encoders=())
 
 
 def _sample(path: Path, places: int = 16, lines: int = 32) -> list[str]:
@@ -343,6 +341,21 @@ def _encode_block(job: _Job, block: _Lines) -> _Encoded:
             np.array_equal(again.borders, rendered.borders) and np.array_equal(again.ids, rendered.ids)
         )
     return _cut(records, examples, rendered, chat_format, job, block, agreed, refused)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What must be known of the tokenizer and the chat format where samples are written."""
+
+    tokenizer_sha256: str
+    highest_id: int
+    stop_ids: tuple[int, ...]
+
+
+def _facts(job: _Job) -> _Facts:
+    chat_format, _, _ = _tools(job)
+    tokenizer = chat_format.tokenizer
+    return _Facts(tokenizer.sha256, tokenizer.highest_id, chat_format.stop_ids)
 
 
 def _tools(job: _Job) -> tuple[ChatFormat, Encode | None, str]:
