@@ -4,12 +4,12 @@
 
 Records of six sources, nearly 200,000 different ones, so that nothing is gained by remembering whole records; lengths
 much like the article's; Qwen3's tokenizer; ChatML; two processes for Firefly and for `datasets.map`. Firefly does all
-of it: template → render → encode → mask → cut → write → pack, once with the `tokenizers` library alone (each distinct
-piece encoded once, audits included) and once with the encoder that it would choose (kitoken; proof and audits
-included). `datasets.map` gets rendered examples and only renders the format, encodes and masks them. The original's
-path runs per record, as its data loader does: two tokenizer calls, lists, and a collator that pads batches of 16.
-Memory is the peak of the summed resident sizes of the whole process tree while Firefly encodes and packs 100,000 and
-2,000,000 records.
+of it: template → render → encode → mask → cut → write → pack, once with the `tokenizers` library alone (pieces that it
+remembers are not encoded again) and once with the encoder that it would choose (kitoken for new pieces); both times
+with proof and audits. `datasets.map` gets rendered examples and only renders the format, encodes and masks them. The
+original's path runs per record, as its data loader does: two tokenizer calls, lists, and a collator that pads batches
+of 16. Memory is the peak of the summed resident sizes of the whole process tree while Firefly encodes and packs
+100,000 and 2,000,000 records.
 """
 
 from __future__ import annotations

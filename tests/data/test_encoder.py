@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from firefly.data.encoder import ENCODERS, PROBES, Encoder, KitokenEncoder, fastest, proved
 from firefly.data.pieces import PieceEncoder
-from firefly.data.tokenizer import EncodedTexts, ModelTokenizer
+from firefly.data.sequences import EncodedTexts
+from firefly.data.tokenizer import ModelTokenizer
 from firefly.files import locate
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
 from firefly.data.pieces import PieceEncoder
-from firefly.data.tokenizer import EncodedTexts, ModelTokenizer
+from firefly.data.sequences import EncodedTexts
+from firefly.data.tokenizer import ModelTokenizer
 from firefly.files import locate
 
 

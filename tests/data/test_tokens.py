@@ -21,7 +21,8 @@ from firefly.data.dataset import build_dataset, read_dataset
 from firefly.data.encoder import ENCODERS, KitokenEncoder
 from firefly.data.example import Example, Message
 from firefly.data.loader import TrainingStream, in_order, pack
-from firefly.data.tokenizer import EncodedTexts, ModelTokenizer
+from firefly.data.sequences import EncodedTexts
+from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.tokens import Tokens, TokensResult, encode_dataset
 from firefly.errors import InputError
 from firefly.files import sha256_file

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 
 from firefly.data.example import Message
 from firefly.data.jinja import LEARN_BEGIN, LEARN_END, ChatTemplate, without_marks
-from firefly.data.tokenizer import EncodedTexts, ModelTokenizer, spans
+from firefly.data.sequences import EncodedTexts, borders, spans
+from firefly.data.tokenizer import ModelTokenizer
 from firefly.errors import FireflyError, InputError, ModelError, RecipeError, choices
 
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -263,18 +264,21 @@ class ChatFormat:
     ) -> RenderedBlock:
         """`render` for many conversations, encoded together by `encode` (by default the tokenizer's own)."""
         texts: list[str] = []
-        layouts: dict[int, tuple[int, _Layout]] = {}  # by identity: its number in this block
-        which: list[int] = []  # layout of each conversation
+        layouts: list[_Layout] = []
+        numbers: dict[int, int] = {}  # of the layouts, by identity
+        which: list[int] = []  # the layout of each conversation
         answer_bytes: list[int] = []
         for messages in conversations:
             layout = self._layout(messages)
             contents = self._contents(messages, layout)
-            which.append(layouts.setdefault(id(layout), (len(layouts), layout))[0])
+            if id(layout) not in numbers:
+                numbers[id(layout)] = len(layouts)
+                layouts.append(layout)
+            which.append(numbers[id(layout)])
             texts += [pattern.format(*contents) for pattern in layout.patterns]
             answer_bytes.append(sum([len(contents[number].encode()) for number in layout.answers]))
         encoded = (encode or self.tokenizer.encode_texts)(texts)
-        used = [layout for _, layout in layouts.values()]
-        block, odd = _assembled(used, np.asarray(which, np.int64), encoded, answer_bytes)
+        block, odd = _assembled(layouts, np.asarray(which, np.int64), encoded, answer_bytes)
         if self._markers:
             odd |= np.asarray(
                 [self._has_marker(one.content for one in messages) for messages in conversations]
@@ -320,7 +324,8 @@ class ChatFormat:
             inside = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in self._markers]
             halves = re.compile("|".join(inside) or "(?!)")
             found = [
-                [id for half in halves.split(text) for id in self.tokenizer.encode(half)] for text in texts
+                [id for half in halves.split(text) if half for id in self.tokenizer.encode(half)]
+                for text in texts
             ]
         return [_Fixed(ids, learn) for ids, learn in zip(found, flags, strict=True)]
 
@@ -520,11 +525,11 @@ def _assembled(
     # All segments of all conversations: from now on a start is a place in `pool`.
     pool = np.concatenate([encoded.ids, *[layout.fixed for layout in layouts]])
     counts = np.asarray([len(layout.segments) for layout in layouts], np.int64)
-    fixed_starts = len(encoded.ids) + _running([len(layout.fixed) for layout in layouts])
+    fixed_starts = len(encoded.ids) + borders([len(layout.fixed) for layout in layouts])
     table = np.concatenate([np.zeros((0, 4), np.int64), *[layout.segments for layout in layouts]])
     table[:, 1] += np.repeat(fixed_starts[:-1], counts)
     num_segments = counts[which]
-    what, starts, lengths, learn = table[spans(_running(counts)[:-1][which], num_segments)].T.copy()
+    what, starts, lengths, learn = table[spans(borders(counts)[:-1][which], num_segments)].T.copy()
     # A text begins with the ids of its head, which are another segment's.
     is_text = what != _FIXED
     head_starts, head_lengths = starts[is_text], lengths[is_text]
@@ -536,17 +541,12 @@ def _assembled(
     wrong = head_lengths > text_lengths
     wrong[np.repeat(np.arange(len(wrong)), compared)[differs]] = True
     starts[is_text], lengths[is_text] = text_starts + compared, text_lengths - compared
-    borders = _running(lengths)[_running(num_segments)]
     odd = num_segments == 0
     odd[np.repeat(np.arange(len(odd)), num_segments)[is_text][wrong]] = True
     mask = np.repeat(learn.astype(np.uint8), lengths)
-    block = RenderedBlock(pool[spans(starts, lengths)], mask, borders, np.asarray(answer_bytes, np.int64))
+    ends = borders(lengths)[borders(num_segments)]
+    block = RenderedBlock(pool[spans(starts, lengths)], mask, ends, np.asarray(answer_bytes, np.int64))
     return block, odd
-
-
-def _running(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where things of these lengths begin, laid end to end, and where the last one ends."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def _merged(pieces: Iterable[_Fixed | _Run]) -> Iterator[_Fixed | _Run]:

@@ -21,7 +21,8 @@ from typing import Protocol
 import numpy as np
 
 from firefly.data.pieces import PieceEncoder
-from firefly.data.tokenizer import EncodedTexts, ModelTokenizer
+from firefly.data.sequences import EncodedTexts
+from firefly.data.tokenizer import ModelTokenizer
 
 # Characters that every version of Unicode since 6.0 agrees on and that never combine with their neighbours.
 _ORDINARY = re.compile(

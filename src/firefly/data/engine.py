@@ -28,7 +28,6 @@ _WORKER = {
 }
 
 
-
 def ordered_map(
     function: Callable[[Block], Result],
     blocks: Iterable[Block],

@@ -3,65 +3,16 @@
 from __future__ import annotations
 
 import json
-from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from firefly.data.sequences import EncodedTexts
 from firefly.errors import ModelError
 from firefly.files import sha256_file
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedTexts:
-    """The ids of N texts end to end: those of text i are `ids[borders[i] : borders[i + 1]]`. T tokens in all."""
-
-    ids: NDArray[np.uint32]  # T
-    borders: NDArray[np.int64]  # N + 1
-
-    @classmethod
-    def of(cls, each: Iterable[list[int]]) -> EncodedTexts:
-        """The ids of one text after the other."""
-        ids, borders = array("I"), [0]
-        for one in each:
-            ids.fromlist(one)
-            borders.append(len(ids))
-        return cls(np.asarray(ids, np.uint32), np.asarray(borders, np.int64))
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """How many tokens each text has [N]."""
-        return np.diff(self.borders)
-
-    def lists(self) -> list[list[int]]:
-        """The ids of each text."""
-        return [self.ids[start:end].tolist() for start, end in pairwise(self.borders.tolist())]
-
-    def take(self, numbers: NDArray[np.int64]) -> EncodedTexts:
-        """The texts of these numbers, in this order."""
-        lengths = self.lengths[numbers]
-        ids = self.ids[spans(self.borders[numbers], lengths)]
-        return EncodedTexts(ids, np.concatenate([[0], np.cumsum(lengths)]))
-
-    def replaced(self, where: NDArray[np.bool_], others: EncodedTexts) -> EncodedTexts:
-        """The same with the texts at `where` [N] taken from `others`, in order."""
-        borders = np.concatenate([self.borders, self.borders[-1] + others.borders[1:]])
-        numbers = np.arange(len(where))
-        numbers[where] = len(where) + np.arange(len(others.borders) - 1)
-        return EncodedTexts(np.concatenate([self.ids, others.ids]), borders).take(numbers)
-
-
-def spans(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The places start, start + 1, … start + length − 1 of each span, one span after the other."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - ends + lengths, lengths) + np.arange(lengths.sum())
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from firefly.files import directory_atomic, locate, sha256_file, write_json
 from firefly.recipe import DataSection
 
 SPLITS = ("train", "validation")
-_BLOCK_BYTES = 1 << 19
+_BLOCK_BYTES = 1 << 18
 _AUDIT_EVERY = 100  # blocks
 _SMALL_BYTES = 4 << 20  # a smaller file is encoded before workers and faster encoders would be ready
 _ENCODERS = tuple(ENCODERS)  # the faster encoders to try
