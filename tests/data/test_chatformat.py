@@ -272,6 +272,13 @@ def test_markers_that_are_no_special_tokens_stay_text_too(shared: Path, tmp_path
     assert "你<｜User｜>好<｜Assistant｜>" in tokenizer.rust.decode(rendered.ids, skip_special_tokens=True)
 
 
+def test_braces_are_text(tokenizer: ModelTokenizer, formats: dict[str, ChatFormat]) -> None:
+    for chat_format in formats.values():
+        rendered = chat_format.render(turns("{0} {", "}{1} {{}}"))
+        text = tokenizer.rust.decode(rendered.ids, skip_special_tokens=True)
+        assert "{0} {" in text and "}{1} {{}}" in text
+
+
 @QUICK
 @given(st.lists(TURNS, max_size=4))
 def test_many_equals_one_by_one(

@@ -19,7 +19,7 @@ from firefly.data.sequences import EncodedTexts, borders
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.data.walls import Walls
 
-_MEMORY_BITS = 20  # places in the table of pieces: 64 MiB
+_MEMORY_BITS = 19  # places in the table of pieces: 32 MiB
 _UNITS, _IDS = 15, 7  # a piece in the table has at most so many UTF-16 units and ids
 _WORDS = 4  # of 64 bits, for a piece's units and their number; as many for its ids and their number
 _AHEAD = 13  # the four words of a piece at the very end begin 0, 4, 8 and 12 units behind its first
