@@ -191,6 +191,9 @@ def _read_sources(data: DataSection, files: list[_File], place: Path) -> _Read:
 
 def _works(data: DataSection, read: _Read, shown: console.Progress) -> Iterator[Work]:
     """The raw records of all files in blocks."""
+    # With their times, since workers live on and remember what they have read.
+    paths = map(Path, data.decontaminate)
+    evaluation = tuple((str(path), path.stat().st_mtime_ns if path.exists() else 0) for path in paths)
     for number, file in enumerate(read.files):
         source = data.sources[file.source]
         make = partial(
@@ -203,7 +206,7 @@ def _works(data: DataSection, read: _Read, shown: console.Progress) -> Iterator[
             rename=source.fields,
             skip_bad=data.on_bad_record == "skip",
             clean=data.clean,
-            evaluation=(tuple(data.decontaminate), data.decontaminate_ngram),
+            evaluation=(evaluation, data.decontaminate_ngram),
             near=data.deduplicate == "near",
         )
         for records in _blocks(_records(file.path, data.on_bad_record == "skip")):

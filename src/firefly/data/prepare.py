@@ -43,7 +43,7 @@ class Work:
     records: list[tuple[int, dict[str, Any] | InputError]]
     skip_bad: bool
     clean: CleanSection
-    evaluation: tuple[tuple[str, ...], int]  # files, characters in an n-gram
+    evaluation: tuple[tuple[tuple[str, int], ...], int]  # files and when they were changed, characters in an n-gram
     near: bool
 
 
@@ -156,5 +156,5 @@ def _candidate(work: Work, origin: Origin, item: Imported) -> _Candidate:
 
 
 @cache
-def _grams(files: tuple[str, ...], size: int) -> EvaluationGrams:
-    return EvaluationGrams.load([Path(file) for file in files], size)
+def _grams(files: tuple[tuple[str, int], ...], size: int) -> EvaluationGrams:
+    return EvaluationGrams.load([Path(file) for file, _ in files], size)
