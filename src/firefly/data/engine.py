@@ -4,7 +4,8 @@
 
 Results come in the order of the blocks whatever the number of workers, and only a few blocks are on their way at
 once, so memory is bounded and the same input gives the same output everywhere. `function` and its blocks must
-pickle; what a function needs again and again (a tokenizer) it loads once a process with `functools.cache`.
+pickle; what a function needs again and again (a tokenizer) it loads once a process with `functools.cache`. Processes
+stay for the next map, so the key of such a cache says which version of a file is meant.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Work:
     records: list[tuple[int, dict[str, Any] | InputError]]
     skip_bad: bool
     clean: CleanSection
-    evaluation: tuple[tuple[tuple[str, int], ...], int]  # files and when they were changed, characters in an n-gram
+    evaluation: tuple[tuple[tuple[str, int], ...], int]  # files with their times, characters in an n-gram
     near: bool
 
 
