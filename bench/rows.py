@@ -62,4 +62,4 @@ def append(name: str, rows: list[dict[str, Any]]) -> Path:
 
 def finish(ratios: dict[str, float]) -> None:
     """Print the last line: one JSON object of ratios."""
-    print(json.dumps({name: round(ratio, 3) for name, ratio in ratios.items()}))
+    print(json.dumps({name: float(f"{ratio:.4g}") for name, ratio in ratios.items()}))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from firefly.errors import InputError
-from firefly.recipe import GenerationSection, Recipe
+from firefly.recipe import Engine, GenerationSection, Recipe
 
 if TYPE_CHECKING:  # the functions import what they need, so that `firefly --help` is instant
     from firefly.app.chat import ChatResult
@@ -86,12 +86,13 @@ def prune(
     tokenizer_only: bool = False,
     prove_logits: bool = True,
     chart: str | Path | None = None,
+    engine: Engine = "local",
 ) -> PruneResult:
     """Prune a model's vocabulary to the tokens that a corpus uses, and prove that nothing else changed.
 
     Exactly one of `vocab_size`, `coverage` (a share of the corpus' tokens) and `tokenizer` (a directory whose
     tokens to keep) says how much stays; `tokenizer_only` prunes a directory without its weights. `chart` is a
-    PNG file to draw: coverage against vocabulary size.
+    PNG file to draw: coverage against vocabulary size. `engine` "ray" counts the corpus on a Ray cluster.
     """
     from firefly.model.hub import resolve
     from firefly.prune.prune import prune_model
@@ -109,6 +110,7 @@ def prune(
         tokenizer_only=tokenizer_only,
         prove_logits=prove_logits,
         chart=Path(chart) if chart else None,
+        engine=engine,
     )
 
 

@@ -171,6 +171,11 @@ def _remap_lines(result: Any) -> list[str]:
     return lines + [f"dropped  {what}" for what in result.dropped]
 
 
+class _Engine(StrEnum):
+    LOCAL = "local"
+    RAY = "ray"
+
+
 @app.command(
     epilog=_examples(
         "firefly prune bigscience/bloom-1b7 out/bloom-1b4-zh --corpus zh.txt --corpus en.txt --vocab-size 46145",
@@ -222,6 +227,9 @@ def prune(
     chart: Annotated[
         Path | None, typer.Option(help="Draw coverage against vocabulary size into this PNG file.")
     ] = None,
+    engine: Annotated[
+        _Engine, typer.Option(help="Where the corpus is counted: here, or on a Ray cluster.")
+    ] = _Engine.LOCAL,
     verify: Annotated[
         Path | None,
         typer.Option(help="Instead: prove that this directory is MODEL, pruned by Firefly or LLMPruner."),
@@ -275,6 +283,7 @@ def prune(
         tokenizer_only=tokenizer_only,
         prove_logits=not skip_logits_proof,
         chart=chart,
+        engine=engine.value,
     )
     _show(result, as_json, _prune_lines)
 

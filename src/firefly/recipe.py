@@ -20,6 +20,7 @@ from firefly.errors import RecipeError
 
 Kind = Literal["sft", "pretrain", "dpo"]
 Method = Literal["full", "lora", "dora", "qlora"]
+Engine = Literal["local", "ray"]
 
 
 class Section(BaseModel):
@@ -174,7 +175,7 @@ class DataSection(Section):
         description="pack samples into rows of this many tokens, and let a batch count rows; otherwise it counts "
         "samples",
     )
-    engine: Literal["local", "ray"] = Field(
+    engine: Engine = Field(
         default="local", description="where the work runs: processes here, or a Ray cluster"
     )
     num_workers: Annotated[int, Field(ge=0)] = Field(

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 from firefly.data import dataset as dataset_module
+from firefly.data import engine as engine_module
 from firefly.data import tokens as tokens_module
 from firefly.data.dataset import build_dataset
 from firefly.data.engine import ordered_map
 from firefly.data.tokens import encode_dataset
 from firefly.errors import InputError
-from firefly.recipe import DataSection
+from firefly.prune import counting
+from firefly.prune.prune import prune_model
+from firefly.recipe import DataSection, Engine
 from tiny import write_pairs
 
 
@@ -93,6 +96,22 @@ def test_a_ray_cluster_does_the_same() -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="three is bad"):
         next(results)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_corpus_counted_on_ray_prunes_to_the_same_bytes(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting.batches, "__defaults__", (1000,))  # characters; many batches
+    source = write_pairs(tmp_path / "pairs.jsonl", 120)
+    sent: list[int] = []
+    on_ray = engine_module._on_ray
+    monkeypatch.setattr(engine_module, "_on_ray", lambda *work: sent.append(1) or on_ray(*work))
+    engines: tuple[Engine, ...] = ("local", "ray")
+    for engine in engines:
+        prune_model(tiny("bloom"), tmp_path / engine, corpus=[source], vocab_size=470, engine=engine)
+    assert sent == [1]
+    assert files_in(tmp_path / "local") == files_in(tmp_path / "ray")
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -218,6 +218,7 @@ class _Line:
                 corpus=[path for path in corpus if path.stat().st_size] if not section.corpus else corpus,
                 pad_to_multiple=section.pad_to_multiple,
                 keep_file=keep_file,
+                engine=self.recipe.data.engine,
             )
 
         self._stage("prune", self.out / "pruned", depends, work)

@@ -8,6 +8,7 @@ keep one batch in memory, so a corpus may be larger than the machine.
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from firefly.console import progress
+from firefly.data.engine import ordered_map
 from firefly.data.readers import files_of, kind_of, read_records
 from firefly.errors import InputError
 from firefly.files import read_lines
 from firefly.prune.sample import Sample
 from firefly.prune.tokenizer import guarded
+from firefly.recipe import Engine
 
 _BATCH_CHARACTERS = 1 << 20
 _LINES_AT_ONCE = 1000
@@ -50,21 +53,35 @@ def count_corpora(
     corpora: Iterable[tuple[str, Iterable[str]]],
     total: int | None = None,
     sample: Sample | None = None,
+    engine: Engine = "local",
 ) -> NDArray[np.int64]:
-    """`count_tokens` over several corpora (name, documents), of which `sample` may keep some with their ids."""
+    """`count_tokens` over several corpora (name, documents), of which `sample` may keep some with their ids.
+
+    `engine`: encoded here, by the tokenizer's own threads, or on a Ray cluster.
+    """
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    counts = np.zeros(tokenizer.get_vocab_size(with_added_tokens=True), dtype=np.int64)
-    with progress("count tokens", total, "documents") as bar:
+    on_their_way: deque[tuple[str, list[str]]] = deque()
+
+    def blocks() -> Iterator[list[str]]:
         for name, texts in corpora:
             for batch in batches(texts):
-                encoded = encode(tokenizer, batch, "the corpus")
-                found = np.bincount(np.frombuffer(b"".join(encoded), np.uint32), minlength=len(counts))
-                found[: len(counts)] += counts
-                counts = found
-                if sample is not None:
-                    sample.take(name, batch, encoded)
-                bar.advance(len(batch))
+                on_their_way.append((name, batch))
+                yield batch
+
+    def work(batch: list[str]) -> list[bytes]:
+        return encode(tokenizer, batch, "the corpus")
+
+    counts = np.zeros(tokenizer.get_vocab_size(with_added_tokens=True), dtype=np.int64)
+    with progress("count tokens", total, "documents") as bar:
+        for encoded in ordered_map(work, blocks(), engine=engine, num_workers=0 if engine == "ray" else 1):
+            name, batch = on_their_way.popleft()
+            found = np.bincount(np.frombuffer(b"".join(encoded), np.uint32), minlength=len(counts))
+            found[: len(counts)] += counts
+            counts = found
+            if sample is not None:
+                sample.take(name, batch, encoded)
+            bar.advance(len(batch))
     return counts
 
 

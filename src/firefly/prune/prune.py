@@ -40,6 +40,7 @@ from firefly.prune.sample import Sample
 from firefly.prune.scripts import ids_in_scripts, script, token_texts
 from firefly.prune.tokenizer import added_tokens, guarded, load, read, rebuild, vocabulary, write
 from firefly.prune.vocabulary import choose
+from firefly.recipe import Engine
 
 _NUM_EXAMPLES = 5
 
@@ -100,6 +101,7 @@ def prune_model(
     tokenizer_only: bool = False,
     prove_logits: bool = True,
     chart: Path | None = None,
+    engine: Engine = "local",
 ) -> PruneResult:
     """Prune the vocabulary of the model directory `base` and write it to `out`.
 
@@ -115,6 +117,7 @@ def prune_model(
         tokenizer_only: `base` holds no weights, or they are left alone.
         prove_logits: also compare logits in float32 (needs both models in memory, one after the other).
         chart: a PNG file to draw when all is done: coverage of the corpus against vocabulary size.
+        engine: where the corpus is counted, here or on a Ray cluster.
 
     Raises `InputError`, `ModelError`, `RecipeError`, `OutputError`, or `ProofError`; `out` is then untouched.
     """
@@ -146,7 +149,7 @@ def prune_model(
         sample = Sample()
         counts = np.zeros(0, dtype=np.int64)
         if corpus or not (isinstance(texts, Sequence) and not texts):
-            counts = _count(original(), sample, [Path(path) for path in corpus], texts)
+            counts = _count(original(), sample, [Path(path) for path in corpus], texts, engine)
         if not counts.sum() and (tokenizer is None or chart is not None):
             raise InputError(
                 "The corpus holds no tokens; give corpus files with text, so that there is something to keep."
@@ -264,7 +267,7 @@ def _require_rows(base: Path, rows: int, last_id: int) -> None:
 
 
 def _count(
-    original: Tokenizer, sample: Sample, corpus: list[Path], texts: Iterable[str]
+    original: Tokenizer, sample: Sample, corpus: list[Path], texts: Iterable[str], engine: Engine
 ) -> NDArray[np.int64]:
     """Token counts of the corpus and the texts, keeping a sample of the documents."""
     total = sum(1 for _ in corpus_texts(corpus))  # finds bad lines before the long work, and gives the ETA
@@ -276,7 +279,7 @@ def _count(
     corpora: list[tuple[str, Iterable[str]]] = [
         (path.name if names.count(path.name) == 1 else str(path), corpus_texts([path])) for path in corpus
     ]
-    return count_corpora(original, [*corpora, ("texts", texts)], total or None, sample)
+    return count_corpora(original, [*corpora, ("texts", texts)], total or None, sample, engine)
 
 
 def _tokens_of(directory: Path, tokens: dict[str, int]) -> tuple[set[int], list[str]]:
