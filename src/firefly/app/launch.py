@@ -6,6 +6,7 @@ the last word only about a rank that could say nothing any more. Several machine
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -61,13 +62,17 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
+        number, codes = 0, dict[int, int]()
         try:
             elastic_launch(config, sys.executable)("-m", "firefly", *arguments)
         except SignalException as stop:
-            return 128 + int(stop.sigval)
+            number = int(stop.sigval)
         except ChildFailedError as error:
-            return _status({rank: failure.exitcode for rank, failure in error.failures.items()})
-    return 0
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        # After a signal torch leaves its timer running; where the timer's own thread happens to collect it, it tries to
+        # join itself, and Python prints a traceback. So it is collected here.
+        gc.collect()
+    return _status(codes) if codes else 128 + number if number else 0
 
 
 def _status(codes: dict[int, int]) -> int:
