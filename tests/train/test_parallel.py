@@ -130,7 +130,7 @@ def start(num_processes: int, arguments: list[str]) -> None:
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-40_000:]
 
 
 @pytest.fixture(scope="module")
