@@ -65,6 +65,10 @@ class Source(Section):
     fields: dict[str, str] = Field(
         default={}, description="where the task's fields have other names here: {first = 'upper'}"
     )
+    directions: list[str] = Field(
+        default=[],
+        description="of the task's directions only these, e.g. ['first_to_second']; empty: all",
+    )
     cap: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="at most this many records, chosen by hash"
     )

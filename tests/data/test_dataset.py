@@ -438,3 +438,31 @@ def test_length_summary_and_chart(tmp_path: Path) -> None:
     for name, lengths in (("a.png", [3]), ("b.png", []), ("c.png", list(range(2000)))):
         length_chart(tmp_path / name, lengths)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_source_may_name_its_directions(tmp_path: Path) -> None:
+    path = write(tmp_path / "idioms.jsonl", idioms(60))
+    source = {"path": str(path), "task": "Dictionary", "repeat": 3}
+    build(tmp_path / "all", source)
+    build(tmp_path / "named", source | {"directions": ["explanation_to_word"]})
+    answers = {
+        name: {record["target"][0] for _, record in read_json_lines(tmp_path / name / "train.jsonl")}
+        for name in ("all", "named")
+    }
+    assert answers == {"all": {"词", "第"}, "named": {"词"}}
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ({"task": "Dictionary", "directions": ["explanation_to_wrd"]}, "'explanation_to_word'"),
+        ({"directions": ["explanation_to_word"]}, "name it, too"),
+        ({"task": "Dictionary", "directions": ["riddle_to_answer"]}, "riddle"),
+    ],
+)
+def test_directions_that_cannot_be_are_a_sentence(
+    source: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "idioms.jsonl", idioms(3))
+    with pytest.raises(InputError, match=sentence):
+        build(tmp_path / "out", {"path": str(path)} | source)

@@ -141,6 +141,12 @@ def _check(index: int, source: Source, skip_bad: bool) -> list[_File]:
     place = f"data.sources[{index}]"
     files = []
     try:
+        if source.directions and not source.task:
+            raise InputError("directions are a task's; name it, too (task = …).")
+        if source.directions and source.task:
+            names = [direction.name for direction in task(source.task).directions]
+            for name in sorted(set(source.directions).difference(names)):
+                raise InputError(f"directions: task {source.task} has no '{name}'; {choices(name, names)}.")
         for path in files_of(locate(source.path)):
             try:
                 name = recognise(source.importer, path, source.task)
@@ -204,6 +210,7 @@ def _works(data: DataSection, read: _Read, shown: console.Progress) -> Iterator[
             importer=file.importer,
             kind=source.task,
             rename=source.fields,
+            directions=tuple(source.directions),
             skip_bad=data.on_bad_record == "skip",
             clean=data.clean,
             evaluation=(evaluation, data.decontaminate_ngram),

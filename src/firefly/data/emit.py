@@ -66,7 +66,9 @@ def emit(chosen: Chosen) -> Emitted:
 
 def _example(body: dict[str, Any], kind: str, source: str, variant: int, options: CleanSection) -> Example:
     if "fields" in body:
-        return mended(task(kind).render(body["fields"], source=source, variant=variant), options)
+        among = body.get("directions", ())
+        asked = task(kind).render(body["fields"], source=source, variant=variant, among=among)
+        return mended(asked, options)
     messages = tuple(Message(role, content) for role, content in body["messages"])
     return Example(kind, messages, source, body.get("rejected"))
 

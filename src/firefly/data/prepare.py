@@ -40,6 +40,7 @@ class Work:
     importer: str
     kind: str | None
     rename: dict[str, str]
+    directions: tuple[str, ...]  # of the task, those to ask in; none named: all
     records: list[tuple[int, dict[str, Any] | InputError]]
     skip_bad: bool
     clean: CleanSection
@@ -130,11 +131,14 @@ def _candidate(work: Work, origin: Origin, item: Imported) -> _Candidate:
     if isinstance(item, Record):
         known = task(origin.kind or "")
         full = [name for name, text in item.fields.items() if text.strip()]
-        if known.eligible(item.fields) and not known.eligible(full):
+        if known.eligible(item.fields, work.directions) and not known.eligible(full, work.directions):
             text = json.dumps(item.fields, ensure_ascii=False)
             return _Candidate(origin.line, known.kind, {"text": text}, reason="empty_field")
-        example, reason = clean(known.render(item.fields, source=str(origin)), work.clean)
+        asked = known.render(item.fields, source=str(origin), among=work.directions)
+        example, reason = clean(asked, work.clean)
         body: dict[str, Any] = {"fields": item.fields}
+        if work.directions:
+            body["directions"] = work.directions
         # What the task's first direction would ask and answer: two records with the same of it are the same.
         first = known.eligible(full)[0]
         parts = [item.fields[name] for name in known.fields if name in first.needs]

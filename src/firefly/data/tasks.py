@@ -15,7 +15,7 @@ import math
 import re
 import struct
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -84,38 +84,49 @@ class Task:
     stand_in: str = ""  # what takes the place of data that may not be used, said plainly
     sources: tuple[TaskSource, ...] = ()
 
-    def eligible(self, names: Collection[str]) -> list[Direction]:
-        """The directions that a record with these fields can be asked in."""
-        return [direction for direction in self.directions if direction.needs.issubset(names)]
+    def eligible(self, names: Collection[str], among: Collection[str] = ()) -> list[Direction]:
+        """The directions that a record with these fields can be asked in, of all or `among` those of these names."""
+        wanted = [direction for direction in self.directions if not among or direction.name in among]
+        return [direction for direction in wanted if direction.needs.issubset(names)]
 
-    def _options(self, names: frozenset[str]) -> tuple[list[_Option], list[slice]]:
+    def _options(self, names: frozenset[str], among: tuple[str, ...]) -> tuple[list[_Option], list[slice]]:
         """The templates for such a record, each with its direction and weight, and where each direction's are."""
-        if names not in self._known_options:
+        if (names, among) not in self._known_options:
             options: list[_Option] = []
             spans = []
-            for direction in self.eligible(names):
+            for direction in self.eligible(names, among):
                 weight = direction.weight / len(direction.templates)
                 spans.append(slice(len(options), len(options) + len(direction.templates)))
                 options += [(direction, template, weight) for template in direction.templates]
-            self._known_options[names] = options, spans
-        return self._known_options[names]
+            self._known_options[names, among] = options, spans
+        return self._known_options[names, among]
 
     @cached_property
-    def _known_options(self) -> dict[frozenset[str], tuple[list[_Option], list[slice]]]:
+    def _known_options(
+        self,
+    ) -> dict[tuple[frozenset[str], tuple[str, ...]], tuple[list[_Option], list[slice]]]:
         return {}
 
-    def render(self, fields: Mapping[str, str], *, source: str, variant: int = 0, seed: int = 0) -> Example:
-        """Ask a record: choose a direction by weight and a template, both by a hash of the record.
+    def render(
+        self,
+        fields: Mapping[str, str],
+        *,
+        source: str,
+        variant: int = 0,
+        seed: int = 0,
+        among: Sequence[str] = (),
+    ) -> Example:
+        """Ask a record: choose a direction by weight, of all or `among` those named, and a template, both by a hash of
+        the record.
 
         Variants 0, 1, 2, … of a record get different templates until all are used up.
         Raises `InputError` when the record lacks the fields of every direction, or has an unknown value.
         """
         present = {name: text for name, text in fields.items() if text.strip()}
-        options, spans = self._options(frozenset(present))
+        options, spans = self._options(frozenset(present), tuple(among))
         if not options:
-            needed = " or ".join(
-                sorted({" + ".join(sorted(direction.needs)) for direction in self.directions})
-            )
+            wanted = [direction for direction in self.directions if not among or direction.name in among]
+            needed = " or ".join(sorted({" + ".join(sorted(direction.needs)) for direction in wanted}))
             there = ", ".join(sorted(present)) or "none"
             raise InputError(
                 f"{source}: task {self.kind} needs the fields {needed}; the fields there are: {there}."
