@@ -210,6 +210,24 @@ def test_our_own_mistake_on_a_rank_is_named_and_its_log_has_the_traceback(
     assert "Traceback" in (tmp_path / "out/run/logs/rank-1.log").read_text("utf-8")
 
 
+ABORTS = r"""import os
+        os.write(2, b"terminate called after throwing an instance of 'Odd'\n  what():  odd\n")
+        os.abort()"""
+
+
+def test_a_rank_that_a_library_aborts_leaves_its_last_words(crew: Crew, make: Make, tmp_path: Path) -> None:
+    """C++ ends a process without a Python error; what it said and where Python was is in the rank's log."""
+    recipe = make()
+    statuses = crew.run(train(recipe), train(recipe, prelude=FAILS_AT_5.format(what=ABORTS)))
+    log = tmp_path / "out/run/logs/rank-1.log"
+    assert statuses == [1, -signal.SIGABRT]
+    assert crew.errors == [
+        "rank 1 was ended by a fault (Aborted: terminate called after throwing an instance of 'Odd' what(): odd); "
+        f"{log} has its stacks; run the same command to go on from the last checkpoint."
+    ]
+    assert "in failing" in log.read_text("utf-8")  # the function that aborts
+
+
 def test_a_rank_that_hangs_ends_the_run_and_is_found(crew: Crew, make: Make, tmp_path: Path) -> None:
     recipe = make(parallel={"hang_timeout_s": 5})
     hanging = train(recipe, prelude=FAILS_AT_5.format(what="import time; time.sleep(1000)"))

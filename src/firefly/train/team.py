@@ -42,6 +42,7 @@ _ECHO_S = 6.0  # when contact broke, the dead rank is the one that is silent for
 _LEAVE_S = 60.0
 _LAST_WORDS_S = 5.0
 _GO_ON = "run the same command to go on from the last checkpoint"
+_BEGINS = "--- rank "
 
 
 class Team:
@@ -130,6 +131,7 @@ class _Several(Team):
             twice = f"Two processes say that they are rank {self.rank} of {self.world_size}; give each its own RANK."
             raise LaunchError(self._claim(self._store, twice))
         self._log: IO[str] | None = None
+        self._logs = Path()
         self._terminal: int | None = None  # where stderr went before the log had it
         self._words = 0
         self._together = False  # every rank was here at least once
@@ -176,7 +178,9 @@ class _Several(Team):
 
     def log_to(self, folder: Path, aloud: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._log = (folder / f"rank-{self.rank}.log").open("a", buffering=1, encoding="utf-8")
+        self._logs = folder
+        self._log = _log_of(folder, self.rank).open("a", buffering=1, encoding="utf-8")
+        print(f"{_BEGINS}{self.rank} of {self.world_size}, process {os.getpid()}", file=self._log)
         faulthandler.enable(self._log)
         if self.rank == 0 or aloud:
             console.share(self._log, f"[rank {self.rank}] " if self.rank else "")
@@ -299,6 +303,11 @@ class _Several(Team):
                 silent.append(rank)
         if not silent:
             return ""
+        for rank in silent:
+            fault = _fault(_log_of(self._logs, rank)) if self._log is not None else ""
+            if fault:
+                log = _log_of(self._logs, rank)
+                return f"rank {rank} was ended by a fault ({fault}); {log} has its stacks; {_GO_ON}."
         return (
             f"{_ranks(silent)} ended without a word: killed, often because main memory ran out, or the machine is "
             f"lost; {_GO_ON}."
@@ -372,6 +381,24 @@ def _compare(
     ]
     if different:
         raise LaunchError(f"The ranks differ in {', '.join(different)}; {cure}.")
+
+
+def _log_of(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.log"
+
+
+def _fault(log: Path) -> str:
+    """The fault that ended a rank, from its log: Python's report of a fatal signal and what a library said before."""
+    try:
+        text = log.read_text("utf-8", errors="replace").rpartition(_BEGINS)[2]
+    except OSError:
+        return ""
+    before, _, after = text.rpartition("Fatal Python error: ")
+    if not before:
+        return ""
+    _, found, uncaught = before.rpartition("terminate called")  # C++ tells of an exception on several lines
+    words = " ".join((found + uncaught if found else before.strip().rpartition("\n")[2]).split())
+    return f"{after.partition(chr(10))[0]}: {words[:300]}"
 
 
 def _ranks(numbers: Any) -> str:
