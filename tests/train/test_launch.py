@@ -246,10 +246,11 @@ def test_killed_again_and_again_it_ends_the_same(crew: Crew, make: Make, tmp_pat
     for kill in range(kills):
         crew.start(train(broken), train(broken))
         wait_for_step(tmp_path / "broken", 12 * kill + chance.randrange(1, 12))
-        rank = chance.randrange(2)
+        rank = kill % 2
         crew.signal(rank, signal.SIGKILL)
         statuses = crew.end()
         assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] == 1, crew.said
+        assert len(crew.errors) == 1 and f"rank {rank}" in crew.errors[0], crew.said
     assert crew.run(train(broken), train(broken)) == [0, 0]
     assert results(tmp_path / "broken") == results(tmp_path / "whole")
 

@@ -239,8 +239,8 @@ class _Several(Team):
             self._mark(self._store, f"left/{self.rank}")
             if told and self._log is None:
                 os._exit(1)  # here, without a log yet, it would be said again
-            if not told and self._terminal is not None:
-                os.write(self._terminal, f"error: {first}\n".encode())
+            if not told:
+                self._say_for_rank_0(first)
 
     def _tell(self, store: Any) -> None:
         """Rank 0 says that it has said it; where it has the store, it goes last."""
@@ -285,7 +285,7 @@ class _Several(Team):
                     self._end(self._claim(store, found))
             except RuntimeError:  # the store is gone, and with it the process that had it
                 if time.monotonic() - began_s > _TICK_S and not self._left.is_set():
-                    self._end("rank 0 or its torchrun has ended without a word.")
+                    self._end(f"rank 0, or its torchrun, ended without a word; {_GO_ON}.")
 
     def _silent(self, store: Any, seen: dict[int, tuple[bytes, float]]) -> str:
         """Which rank gives no sign of life any more: rank 0 looks at all of them, all of them at rank 0."""
@@ -335,18 +335,25 @@ class _Several(Team):
             return  # the main thread is about to
         if self._log is not None:
             faulthandler.dump_traceback(self._log)
-        store = self._watchers_store
+        store, told = self._watchers_store, False
         with contextlib.suppress(RuntimeError):
             if self.rank:
-                told = self._log is None and self._wait_for(store, ["told"], _LAST_WORDS_S)
+                told = self._wait_for(store, ["told"], _LAST_WORDS_S)
                 self._mark(store, f"left/{self.rank}")
-                if told:
-                    os._exit(1)  # here, without a log yet, it would be said again
+        if told and self._log is None:
+            os._exit(1)  # here, without a log yet, it would be said again
         print(f"error: {sentence}", file=sys.stderr, flush=True)
+        if self.rank and not told:
+            self._say_for_rank_0(sentence)
         with contextlib.suppress(RuntimeError):
             if self.rank == 0:
                 self._tell(store)
         os._exit(1)
+
+    def _say_for_rank_0(self, sentence: str) -> None:
+        """Rank 0 is gone: on its machine rank 1 speaks, on others the first rank there."""
+        if self._terminal is not None and (self.rank == 1 or os.environ.get("LOCAL_RANK") == "0"):
+            os.write(self._terminal, f"error: {sentence}\n".encode())
 
 
 def _environment() -> tuple[int, int, str, int]:
@@ -397,8 +404,8 @@ def _fault(log: Path) -> str:
     if not before:
         return ""
     _, found, uncaught = before.rpartition("terminate called")  # C++ tells of an exception on several lines
-    words = " ".join((found + uncaught if found else before.strip().rpartition("\n")[2]).split())
-    return f"{after.partition(chr(10))[0]}: {words[:300]}"
+    said = f": {' '.join((found + uncaught).split())[:300]}" if found else ""
+    return after.partition("\n")[0] + said
 
 
 def _ranks(numbers: Any) -> str:
