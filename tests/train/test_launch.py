@@ -167,14 +167,17 @@ def test_one_rank_twice(crew: Crew, make: Make) -> None:
 def test_processes_that_the_layout_cannot_share_out(
     crew: Crew, make: Make, parallel: dict[str, Any], message: str
 ) -> None:
+    """Told before anything is computed."""
     recipe = make(parallel=parallel)
     assert message in one_sentence(crew, train(recipe), train(recipe))
+    assert "dataset" not in crew.said[0]
 
 
 def test_tp_that_does_not_divide_the_heads(crew: Crew, make: Make) -> None:
     """Six heads among four."""
     recipe = make(parallel={"tp": 4, "zero": 0})
     assert "does not divide the model's 6 attention heads" in one_sentence(crew, *[train(recipe)] * 4)
+    assert "dataset" not in crew.said[0]
 
 
 # --- the end --------------------------------------------------------------------------------------------------------
