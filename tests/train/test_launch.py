@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from crew import BOUND_S, Crew, Member
+from crew import BOUND_S, Crew, Member, results, wait_for_step
 
 from firefly import api
 from firefly.app.launch import num_gpus
 from firefly.errors import LaunchError
-from firefly.files import sha256_file
 from firefly.recipe import Recipe
 from tiny import recipe_table, write_pairs
 
@@ -54,20 +51,6 @@ def make(tiny: Callable[[str], Path], tmp_path: Path) -> Make:
 
 def train(recipe: Path, *overrides: str, **special: Any) -> Member:
     return Member(["train", str(recipe), *overrides], **special)
-
-
-def results(out: Path) -> tuple[Any, ...]:
-    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    losses = [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
-    return losses, sha256_file(out / "model" / "model.safetensors")
-
-
-def wait_for_step(out: Path, step: int) -> None:
-    """Wait until the run has logged `step`."""
-    last_s, metrics = time.monotonic() + 120, out / "run" / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text("utf-8").splitlines()) < step:
-        assert time.monotonic() < last_s, "the run did not get that far"
-        time.sleep(0.01)
 
 
 # --- the start ------------------------------------------------------------------------------------------------------
