@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from counted import in_processes
+from counted import in_processes, recipe_of
 from firefly.model.adapters import load_for_training
 from firefly.model.families import CausalModel, build, transformers_model
 from firefly.model.load import stored_dtype
@@ -51,12 +51,6 @@ Case = tuple[
 ]  # model, the tables parallel and train, bf16 products
 
 LAYOUTS: list[dict[str, Any]] = [{"zero": 1}, {"zero": 3}, {"tp": 2}, {"zero": 3, "offload": "all"}]
-
-
-def recipe_of(parallel: dict[str, Any], train: dict[str, Any]) -> Recipe:
-    table: dict[str, Any] = {"name": "shares", "output_dir": "none", "model": {"base": "none"}}
-    table["data"] = {"sources": [{"path": "none"}]}
-    return Recipe.from_table(table | {"parallel": parallel, "train": train})
 
 
 class _Counting:
