@@ -241,6 +241,18 @@ def test_killed_again_and_again_it_ends_the_same(crew: Crew, make: Make, tmp_pat
     assert results(tmp_path / "broken") == results(tmp_path / "whole")
 
 
+BESIDE = "from firefly.train import checkpoint; checkpoint.COPIES_FROM = {'cpu'}"
+
+
+def test_checkpoints_beside_the_training_change_nothing(crew: Crew, make: Make, tmp_path: Path) -> None:
+    """As on GPUs: the ranks' writers talk to each other while the ranks train."""
+    options = {"max_steps": 24, "save_steps": 2}
+    whole, beside = make("whole", **options), make("beside", **options)
+    assert crew.run(train(whole), train(whole)) == [0, 0]
+    assert crew.run(train(beside, prelude=BESIDE), train(beside, prelude=BESIDE)) == [0, 0], crew.said
+    assert results(tmp_path / "beside") == results(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("told", [(0, 1), (1,)])
 def test_sigterm_saves_and_stops_all(crew: Crew, make: Make, tmp_path: Path, told: tuple[int, ...]) -> None:
     options = {"max_steps": 300, "save_steps": 1000}

@@ -144,6 +144,20 @@ def test_the_same_with_four_processes_and_meshes(
 
 
 @pytest.mark.nightly
+def test_the_same_with_main_memory(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {
+        "alone": {},
+        "zero2": {"zero": 2},
+        "optimizer": {"zero": 1, "offload": "optimizer"},
+        "all": {"zero": 3, "offload": "all"},
+    }
+    monkeypatch.setattr(sys.modules[__name__], "LAYOUTS", more)
+    every_way(Bench(tmp_path, tiny("qwen3")))
+
+
+@pytest.mark.nightly
 def test_8_bit_moments_stay_as_they_were_shared_out(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     bench = Bench(tmp_path, tiny("bloom"), optimizer="adamw_8bit")
     bench.go_on_from("zero3", "same")

@@ -30,7 +30,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from counted import in_processes, recipe_of
 from firefly.model.adapters import load_for_training
 from firefly.model.families import CausalModel, build, transformers_model
-from firefly.model.load import stored_dtype
+from firefly.model.load import save_model, stored_dtype
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss
 from firefly.model.split import part_of, split_embedding
@@ -176,6 +176,17 @@ def test_a_rank_reads_its_part_and_nothing_else(tiny: Callable[[str], Path], tmp
     cases += [(bloom, LAYOUTS[3], lora, False), (qwen3, {"zero": 1}, lora, False)]
     cases += [(half, {"zero": 3}, options, True) for options in ({}, lora, {"weights": "bf16_stochastic"})]
     in_processes(load_share, 2, cases)
+
+
+def test_the_finished_model_is_converted_one_file_at_a_time(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mib = 1 << 20
+    monkeypatch.setattr("firefly.model.load._SHARD_BYTES", mib)
+    state = {f"matrix.{number}": torch.ones(256, 1024) for number in range(8)}
+    with _HighWater() as memory:
+        save_model(state, tiny("bloom"), tmp_path / "out", None, torch.bfloat16)
+    assert memory.most == mib and len(list((tmp_path / "out").glob("*.safetensors"))) == 4
 
 
 # --- gradients of adapters ------------------------------------------------------------------------------------------
