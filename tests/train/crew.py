@@ -145,6 +145,15 @@ def _lives(pid: int) -> bool:
         return False
 
 
+def run_ranks(num_processes: int, arguments: list[str]) -> None:
+    """Train in so many processes under torchrun what `arguments` name: recipes, each with its tokens directory."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={num_processes}", str(Path(__file__).with_name("ranks.py")), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-40_000:]
+
+
 def results(out: Path) -> tuple[Any, ...]:
     rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     losses = [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
