@@ -246,7 +246,7 @@ BESIDE = "from firefly.train import checkpoint; checkpoint.COPIES_FROM = {'cpu'}
 
 def test_checkpoints_beside_the_training_change_nothing(crew: Crew, make: Make, tmp_path: Path) -> None:
     """As on GPUs: the ranks' writers talk to each other while the ranks train."""
-    options = {"max_steps": 24, "save_steps": 2}
+    options = {"max_steps": 12, "save_steps": 2}
     whole, beside = make("whole", **options), make("beside", **options)
     assert crew.run(train(whole), train(whole)) == [0, 0]
     assert crew.run(train(beside, prelude=BESIDE), train(beside, prelude=BESIDE)) == [0, 0], crew.said

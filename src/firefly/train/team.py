@@ -303,10 +303,10 @@ class _Several(Team):
                 silent.append(rank)
         if not silent:
             return ""
-        for rank in silent:
-            fault = _fault(_log_of(self._logs, rank)) if self._log is not None else ""
+        for rank in silent if self._log is not None else ():
+            log = _log_of(self._logs, rank)
+            fault = _fault(log)
             if fault:
-                log = _log_of(self._logs, rank)
                 return f"rank {rank} was ended by a fault ({fault}); {log} has its stacks; {_GO_ON}."
         return (
             f"{_ranks(silent)} ended without a word: killed, often because main memory ran out, or the machine is "
@@ -395,7 +395,7 @@ def _log_of(folder: Path, rank: int) -> Path:
 
 
 def _fault(log: Path) -> str:
-    """The fault that ended a rank, from its log: Python's report of a fatal signal and what a library said before."""
+    """What ended a rank, from its log: a fatal signal, and what C++ said before it; or nothing."""
     try:
         text = log.read_text("utf-8", errors="replace").rpartition(_BEGINS)[2]
     except OSError:
