@@ -1,4 +1,4 @@
-"""Count the bytes of every collective that a step makes, and run such steps in two processes of gloo."""
+"""Count the bytes of every collective that a step makes, and run such steps in several processes of gloo."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from firefly.recipe import Recipe
 
 _KINDS = {"gather": "all_gather", "reduce_scatter": "reduce_scatter", "reduce": "all_reduce"}
 _SMALL_BYTES = 32  # scalars: counts, the gradient's norm
@@ -57,6 +59,13 @@ def counted_bytes(step: Callable[[], object]) -> Counter[str]:
     with _Counting() as counting:
         step()
     return counting.bytes
+
+
+def recipe_of(parallel: dict[str, Any], train: dict[str, Any]) -> Recipe:
+    """A recipe of a layout and of options of training, without a model or data."""
+    table: dict[str, Any] = {"name": "shares", "output_dir": "none", "model": {"base": "none"}}
+    table["data"] = {"sources": [{"path": "none"}]}
+    return Recipe.from_table(table | {"parallel": parallel, "train": train})
 
 
 def in_processes(work: Callable[..., None], num: int, *arguments: Any) -> None:

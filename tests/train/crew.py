@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from firefly.files import sha256_file
+
 BOUND_S = 60
 """Whatever happens to one process, all have ended after so long."""
 
@@ -141,3 +143,26 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def run_ranks(num_processes: int, arguments: list[str]) -> None:
+    """Train in so many processes under torchrun what `arguments` name: recipes, each with its tokens directory."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={num_processes}", str(Path(__file__).with_name("ranks.py")), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-40_000:]
+
+
+def results(out: Path) -> tuple[Any, ...]:
+    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    losses = [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+    return losses, sha256_file(out / "model" / "model.safetensors")
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    """Wait until the run has logged `step`."""
+    last_s, metrics = time.monotonic() + 120, out / "run" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text("utf-8").splitlines()) < step:
+        assert time.monotonic() < last_s, "the run did not get that far"
+        time.sleep(0.01)

@@ -7,6 +7,7 @@ What a training raises is written beside its recipe, as recipe.error.
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from firefly.errors import FireflyError
 from firefly.recipe import Recipe
 from firefly.train.loop import train
 
+faulthandler.enable()  # a rank that a library aborts says where it was
 quiet()
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 for name, tokens in zip(sys.argv[1::2], sys.argv[2::2], strict=True):

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from crew import BOUND_S, Crew, Member
+from crew import BOUND_S, Crew, Member, results, wait_for_step
 
 from firefly import api
 from firefly.app.launch import num_gpus
 from firefly.errors import LaunchError
-from firefly.files import sha256_file
 from firefly.recipe import Recipe
 from tiny import recipe_table, write_pairs
 
@@ -54,20 +51,6 @@ def make(tiny: Callable[[str], Path], tmp_path: Path) -> Make:
 
 def train(recipe: Path, *overrides: str, **special: Any) -> Member:
     return Member(["train", str(recipe), *overrides], **special)
-
-
-def results(out: Path) -> tuple[Any, ...]:
-    rows = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
-    losses = [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
-    return losses, sha256_file(out / "model" / "model.safetensors")
-
-
-def wait_for_step(out: Path, step: int) -> None:
-    """Wait until the run has logged `step`."""
-    last_s, metrics = time.monotonic() + 120, out / "run" / "metrics.jsonl"
-    while not metrics.exists() or len(metrics.read_text("utf-8").splitlines()) < step:
-        assert time.monotonic() < last_s, "the run did not get that far"
-        time.sleep(0.01)
 
 
 # --- the start ------------------------------------------------------------------------------------------------------
@@ -167,14 +150,17 @@ def test_one_rank_twice(crew: Crew, make: Make) -> None:
 def test_processes_that_the_layout_cannot_share_out(
     crew: Crew, make: Make, parallel: dict[str, Any], message: str
 ) -> None:
+    """Told before anything is computed."""
     recipe = make(parallel=parallel)
     assert message in one_sentence(crew, train(recipe), train(recipe))
+    assert "dataset" not in crew.said[0]
 
 
 def test_tp_that_does_not_divide_the_heads(crew: Crew, make: Make) -> None:
     """Six heads among four."""
     recipe = make(parallel={"tp": 4, "zero": 0})
     assert "does not divide the model's 6 attention heads" in one_sentence(crew, *[train(recipe)] * 4)
+    assert "dataset" not in crew.said[0]
 
 
 # --- the end --------------------------------------------------------------------------------------------------------
@@ -210,6 +196,24 @@ def test_our_own_mistake_on_a_rank_is_named_and_its_log_has_the_traceback(
     assert "Traceback" in (tmp_path / "out/run/logs/rank-1.log").read_text("utf-8")
 
 
+ABORTS = r"""import os
+        os.write(2, b"terminate called after throwing an instance of 'Odd'\n  what():  odd\n")
+        os.abort()"""
+
+
+def test_a_rank_that_a_library_aborts_leaves_its_last_words(crew: Crew, make: Make, tmp_path: Path) -> None:
+    """C++ ends a process without a Python error; what it said and where Python was is in the rank's log."""
+    recipe = make()
+    statuses = crew.run(train(recipe), train(recipe, prelude=FAILS_AT_5.format(what=ABORTS)))
+    log = tmp_path / "out/run/logs/rank-1.log"
+    assert statuses == [1, -signal.SIGABRT]
+    assert crew.errors == [
+        "rank 1 was ended by a fault (Aborted: terminate called after throwing an instance of 'Odd' what(): odd); "
+        f"{log} has its stacks; run the same command to go on from the last checkpoint."
+    ]
+    assert "in failing" in log.read_text("utf-8")  # the function that aborts
+
+
 def test_a_rank_that_hangs_ends_the_run_and_is_found(crew: Crew, make: Make, tmp_path: Path) -> None:
     recipe = make(parallel={"hang_timeout_s": 5})
     hanging = train(recipe, prelude=FAILS_AT_5.format(what="import time; time.sleep(1000)"))
@@ -228,12 +232,25 @@ def test_killed_again_and_again_it_ends_the_same(crew: Crew, make: Make, tmp_pat
     for kill in range(kills):
         crew.start(train(broken), train(broken))
         wait_for_step(tmp_path / "broken", 12 * kill + chance.randrange(1, 12))
-        rank = chance.randrange(2)
+        rank = kill % 2
         crew.signal(rank, signal.SIGKILL)
         statuses = crew.end()
         assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] == 1, crew.said
+        assert len(crew.errors) == 1 and f"rank {rank}" in crew.errors[0], crew.said
     assert crew.run(train(broken), train(broken)) == [0, 0]
     assert results(tmp_path / "broken") == results(tmp_path / "whole")
+
+
+BESIDE = "from firefly.train import checkpoint; checkpoint.COPIES_FROM = {'cpu'}"
+
+
+def test_checkpoints_beside_the_training_change_nothing(crew: Crew, make: Make, tmp_path: Path) -> None:
+    """As on GPUs: the ranks' writers talk to each other while the ranks train."""
+    options = {"max_steps": 12, "save_steps": 2}
+    whole, beside = make("whole", **options), make("beside", **options)
+    assert crew.run(train(whole), train(whole)) == [0, 0]
+    assert crew.run(train(beside, prelude=BESIDE), train(beside, prelude=BESIDE)) == [0, 0], crew.said
+    assert results(tmp_path / "beside") == results(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("told", [(0, 1), (1,)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from crew import run_ranks
 from safetensors.torch import load_file
 
 from firefly import api, console
@@ -33,15 +33,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 SAVED, STEPS = 5, 10
 Losses = list[tuple[int, float]]
-
-
-def in_processes(recipes: list[Path], tokens: Path, count: int) -> None:
-    """Train the recipes one after the other in `count` processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-    command += [str(Path(__file__).parent / "ranks.py")]
-    command += [str(path) for recipe in recipes for path in (recipe, tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def losses(out: Path) -> Losses:
@@ -85,7 +76,8 @@ class Bench:
             else:
                 together.append(path)
         if together:
-            in_processes(together, self.folder / "tokens", self.processes)
+            pairs = [str(path) for recipe in together for path in (recipe, self.folder / "tokens")]
+            run_ranks(self.processes, pairs)
 
     def go_on_from(self, before: str, name: str) -> None:
         """The run `name` will begin with the first checkpoint of the run `before`, as soon as there is one."""
@@ -141,6 +133,20 @@ def test_the_same_with_four_processes_and_meshes(
     more = {"zero3_tp2": {"zero": 3, "tp": 2}, "hsdp": {"zero": 2, "hsdp": 2}}
     monkeypatch.setattr(sys.modules[__name__], "LAYOUTS", LAYOUTS | more)
     every_way(Bench(tmp_path, tiny(family), processes=4))
+
+
+@pytest.mark.nightly
+def test_the_same_with_main_memory(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {
+        "alone": {},
+        "zero2": {"zero": 2},
+        "optimizer": {"zero": 1, "offload": "optimizer"},
+        "all": {"zero": 3, "offload": "all"},
+    }
+    monkeypatch.setattr(sys.modules[__name__], "LAYOUTS", more)
+    every_way(Bench(tmp_path, tiny("qwen3")))
 
 
 @pytest.mark.nightly

@@ -7,9 +7,6 @@ of processes run in one start of torchrun (ranks.py), as importing takes longer 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from crew import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from firefly import api
 from firefly.data.tokens import Tokens
 from firefly.errors import RecipeError
 from firefly.model.families import build
-from firefly.model.load import read_config
+from firefly.model.load import load_model, read_config
 from firefly.model.loss import linear_cross_entropy
+from firefly.model.packed import PackedInput
 from firefly.model.split import require_divisible
 from firefly.recipe import Recipe
 from firefly.train.loop import train
@@ -124,15 +124,6 @@ class Trainings:
         return recipe.out
 
 
-def start(num_processes: int, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={num_processes}", str(Path(__file__).with_name("ranks.py")), *arguments]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-40_000:]
-
-
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[[str], Path]) -> dict[str, Trainings]:
     folder = tmp_path_factory.mktemp("parallel")
@@ -145,14 +136,14 @@ def two_processes(trainings: dict[str, Trainings]) -> dict[str, Trainings]:
     bloom, qwen3 = trainings["bloom"], trainings["qwen3"]
     arguments = [text for name, how in (TWO | REFUSED).items() for text in bloom.write(name, *how)]
     arguments += [text for name in OF_QWEN3 for text in qwen3.write(name, *TWO[name])]
-    start(2, arguments)
+    run_ranks(2, arguments)
     return trainings
 
 
 @pytest.fixture(scope="module")
 def four_processes(trainings: dict[str, Trainings]) -> dict[str, Trainings]:
     bloom = trainings["bloom"]
-    start(4, [text for name, how in FOUR.items() for text in bloom.write(name, *how)])
+    run_ranks(4, [text for name, how in FOUR.items() for text in bloom.write(name, *how)])
     return trainings
 
 
@@ -200,6 +191,19 @@ def test_two_processes_train_as_one(two_processes: dict[str, Trainings], family:
     assert_same(reference(of, TWO[name][2]), of.folder / name)
 
 
+def test_what_many_have_trained_opens_on_the_devices_that_are_there(
+    two_processes: dict[str, Trainings],
+) -> None:
+    """As docs/parallel.md says of models larger than a GPU; here there is one device."""
+    folder = two_processes["bloom"].folder / "zero-3" / "model"
+    spread = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")
+    ids = torch.arange(20)
+    with torch.no_grad():
+        mine = load_model(folder)
+        states = mine.hidden(PackedInput(ids, ids, [0, 20], ids[:-1], ids[1:]))
+        torch.testing.assert_close(states @ mine.head.T, spread(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes_train_as_one(four_processes: dict[str, Trainings], name: str) -> None:
@@ -213,7 +217,7 @@ def test_compiled_layers_of_two_processes_learn_the_same(
     trainings: dict[str, Trainings], family: str
 ) -> None:
     of = trainings[family]
-    start(2, [text for name, how in COMPILED.items() for text in of.write(name, *how)])
+    run_ranks(2, [text for name, how in COMPILED.items() for text in of.write(name, *how)])
     for name, (_, _, options) in COMPILED.items():
         expected, found = (
             [row["loss"] for row in rows(out) if "loss" in row]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -19,19 +20,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from counted import in_processes
+from counted import in_processes, recipe_of
 from firefly.model.adapters import load_for_training
 from firefly.model.families import CausalModel, build, transformers_model
-from firefly.model.load import stored_dtype
+from firefly.model.load import save_model, stored_dtype
 from firefly.model.packed import PackedInput
 from firefly.model.score import batch_loss
-from firefly.model.split import part_of
+from firefly.model.split import part_of, split_embedding
 from firefly.recipe import Recipe
 from firefly.train.memory import BatchShape
 from firefly.train.optim import make_optimizer
@@ -49,12 +51,6 @@ Case = tuple[
 ]  # model, the tables parallel and train, bf16 products
 
 LAYOUTS: list[dict[str, Any]] = [{"zero": 1}, {"zero": 3}, {"tp": 2}, {"zero": 3, "offload": "all"}]
-
-
-def recipe_of(parallel: dict[str, Any], train: dict[str, Any]) -> Recipe:
-    table: dict[str, Any] = {"name": "shares", "output_dir": "none", "model": {"base": "none"}}
-    table["data"] = {"sources": [{"path": "none"}]}
-    return Recipe.from_table(table | {"parallel": parallel, "train": train})
 
 
 class _Counting:
@@ -182,6 +178,17 @@ def test_a_rank_reads_its_part_and_nothing_else(tiny: Callable[[str], Path], tmp
     in_processes(load_share, 2, cases)
 
 
+def test_the_finished_model_is_converted_one_file_at_a_time(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mib = 1 << 20
+    monkeypatch.setattr("firefly.model.load._SHARD_BYTES", mib)
+    state = {f"matrix.{number}": torch.ones(256, 1024) for number in range(8)}
+    with _HighWater() as memory:
+        save_model(state, tiny("bloom"), tmp_path / "out", None, torch.bfloat16)
+    assert memory.most == mib and len(list((tmp_path / "out").glob("*.safetensors"))) == 4
+
+
 # --- gradients of adapters ------------------------------------------------------------------------------------------
 
 
@@ -215,6 +222,48 @@ def learn_alike(_rank: int, folders: list[Path]) -> None:
 
 def test_adapters_under_tensor_parallelism_get_the_same_gradients(tiny: Callable[[str], Path]) -> None:
     in_processes(learn_alike, 2, [tiny("bloom"), tiny("qwen3")])
+
+
+# --- the embedding under tensor parallelism ---------------------------------------------------------------------------
+
+
+class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The shapes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = set[tuple[int, ...]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(one, DTensor) for one in types):
+            return NotImplemented  # so that what happens inside is seen
+        out = func(*args, **(kwargs or {}))
+        self.seen.update(tuple(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        return out
+
+
+def embed_alike(_rank: int) -> None:
+    mesh, ids = init_device_mesh("cpu", (2,)), torch.tensor([[0, 7, 10, 5, 6, 7, 3, 0]])
+    torch.manual_seed(0)
+    kinds = [nn.Embedding(11, 4), nn.Embedding(11, 4, padding_idx=7), nn.Embedding(11, 4, padding_idx=2)]
+    for made in [*kinds, Gemma3TextScaledWordEmbedding(11, 4, 7, embed_scale=3.0)]:
+        whole, pull = deepcopy(made), torch.randn(1, 8, 4)
+        split_embedding(made, mesh)
+        with _Shapes() as shapes:
+            states = made(ids)
+            (states * pull).sum().backward()
+        alone = whole(ids)
+        (alone * pull).sum().backward()
+        assert torch.equal(states, alone)
+        assert isinstance(made.weight.grad, DTensor) and whole.weight.grad is not None
+        assert made.weight.grad.placements == (Shard(0),)
+        assert torch.equal(made.weight.grad.full_tensor(), whole.weight.grad)
+        assert (11, 4) not in shapes.seen, "the whole matrix, or its gradient, was there"
+
+
+def test_a_split_embedding_is_the_whole_one_and_no_rank_has_all_its_gradient() -> None:
+    """Eleven rows do not divide, one may be a padding row, and Gemma's are scaled."""
+    in_processes(embed_alike, 2)
 
 
 # --- where a part lies ----------------------------------------------------------------------------------------------

@@ -84,7 +84,12 @@ def _status(codes: dict[int, int]) -> int:
         rank: -code for rank, code in codes.items()
     }
     rank, number = min(killed.items())
+    why = (
+        "often because main memory ran out"
+        if number == signal.SIGKILL
+        else f"a fault of which OUT/run/logs/rank-{rank}.log may say more"
+    )
     raise LaunchError(
-        f"rank {rank} was ended by {signal.Signals(number).name}, often because main memory ran out; run the same "
-        "command to go on from the last checkpoint."
+        f"rank {rank} was ended by {signal.Signals(number).name}, {why}; run the same command to go on from the last "
+        "checkpoint."
     )

@@ -34,14 +34,16 @@ from firefly.evaluate.measure import Settings
 from firefly.evaluate.questions import read_questions
 from firefly.evaluate.run import evaluate
 from firefly.files import exclusive, locate, sha256_file, sha256_json, write_atomic, write_json, writing_to
-from firefly.model.adapters import require_method
+from firefly.model.adapters import empty_model, require_method
 from firefly.model.hub import resolve
-from firefly.model.load import check_model
+from firefly.model.load import check_model, read_config
 from firefly.model.shards import weight_files
+from firefly.model.split import require_divisible
 from firefly.prune.prune import prune_model
 from firefly.recipe import Recipe
 from firefly.train.checkpoint import find_checkpoints
 from firefly.train.loop import HARMLESS, TrainResult, train
+from firefly.train.parallel import require_layout
 from firefly.train.reporters import require_reporters
 from firefly.train.team import ALONE, Team
 
@@ -91,12 +93,16 @@ def run_stages(recipe: Recipe, until: StageName = "evaluate", team: Team = ALONE
             "data.validation_fraction = 0 holds nothing out, so there would be nothing to evaluate; "
             "set it above 0, or stop after training with `firefly train`."
         )
-    if until in ("train", "evaluate"):
+    trains = until in ("train", "evaluate")
+    if trains:
+        require_layout(recipe, team.world_size)
         require_reporters(recipe.train.report_to)
     base = resolve(recipe.model.base)
     check_model(base)
-    if until in ("train", "evaluate"):
+    if trains:
         require_method(recipe.train.method)
+    if trains and recipe.parallel.tp > 1:
+        require_divisible(empty_model(read_config(base), recipe.train), recipe.parallel.tp)
     _claim(recipe.out)
     with exclusive(recipe.out, "a Firefly run"):
         _refuse_another_recipe(recipe)

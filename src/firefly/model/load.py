@@ -230,8 +230,12 @@ def save_model(
                 {"metadata": {"total_size": total}, "weight_map": weight_map},
             )
         for file, shard in zip(names, shards, strict=True):
-            ready = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in shard.items()}
-            save_file(ready, place / file, metadata={"format": "pt"})
+            # No name for what is converted, which would keep it while the next file's is made.
+            save_file(
+                {key: tensor.to("cpu", dtype).contiguous() for key, tensor in shard.items()},
+                place / file,
+                metadata={"format": "pt"},
+            )
             (place / file).chmod(0o644)  # safetensors makes it readable for the owner alone
         config = read_config(base)
         config.pop("dtype", None)

@@ -70,8 +70,8 @@ class VocabularyRows:
         return cls(most * mesh.get_local_rank(), most, mesh.get_group())
 
     def find(self, ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Where each token's row lies among the `num_rows` here, and whether it is here at all; both m 1."""
-        local = (ids - self.first)[:, None]
+        """Where the row of each of `ids` lies among the `num_rows` here, and whether it is here; in their shape."""
+        local = ids - self.first
         return local.clamp(0, num_rows - 1), (local >= 0) & (local < num_rows)
 
     def reduce(self, values: Tensor, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -94,7 +94,7 @@ def _chunk_losses(logits: Tensor, targets: Tensor, rows: VocabularyRows) -> tupl
     """Losses (m) and probabilities of the rows here (m V), float32 or better; in place where the logits are that."""
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))  # m V
     highest = rows.reduce(scores.amax(1, keepdim=True), dist.ReduceOp.MAX)
-    place, here = rows.find(targets, scores.shape[1])
+    place, here = rows.find(targets[:, None], scores.shape[1])  # m 1
     wanted = scores.gather(1, place) * here
     weights = scores.sub_(highest).exp_()
     wanted, total = rows.reduce(torch.stack([wanted, weights.sum(1, keepdim=True)])).unbind()
@@ -122,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows, ids in _chunks(hidden, targets, vocabulary):
             each, gradient = _chunk_losses(rows @ weight.T, ids, vocabulary)
             losses.append(each)
-            place, here = vocabulary.find(ids, len(head))
+            place, here = vocabulary.find(ids[:, None], len(head))
             gradient.scatter_add_(1, place, -here.to(gradient.dtype))
             if weights is not None:
                 gradient *= weights[done : done + len(ids), None]

@@ -12,11 +12,12 @@ the MLP, and their gradients before either (not before each of the matrices that
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from copy import copy
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -24,10 +25,12 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.func import functional_call
 
 from firefly.errors import RecipeError
 from firefly.model.bloom import Bloom
 from firefly.model.families import CausalModel, transformers_model
+from firefly.model.loss import VocabularyRows
 
 
 def part_of(parameter: DTensor) -> tuple[slice, ...]:
@@ -129,8 +132,31 @@ def _hook_input(module: nn.Module, mesh: DeviceMesh, inside: Placement, outside:
 def _split_vocabulary(model: CausalModel, mesh: DeviceMesh) -> None:
     embedding, head = model.embedding, getattr(transformers_model(model), "lm_head", None)
     tied = model.head is embedding.weight
-    parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()), src_data_rank=None)
+    split_embedding(embedding, mesh)
     if head is not None and tied:
         head.weight = embedding.weight
     elif head is not None:
         parallelize_module(head, mesh, ColwiseParallel(), src_data_rank=None)
+
+
+def split_embedding(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
+    """Each rank looks up the tokens whose rows it has; the others are zero here, and all ranks sum.
+
+    DTensor's own embedding makes the gradient of the whole matrix on every rank, this one that of the rows here.
+    """
+    rows_here = distribute_tensor(embedding.weight, mesh, [Shard(0)], src_data_rank=None)
+    embedding.weight = nn.Parameter(rows_here)
+    padding = embedding.padding_idx
+    plain = copy(embedding)  # the same weight, and the forward of its class: Gemma's also scales
+
+    def forward(ids: Tensor) -> Tensor:  # … → … C
+        rows, part = VocabularyRows.of(embedding.weight), cast(DTensor, embedding.weight).to_local()
+        places, found = rows.find(ids, len(part))
+        if padding is not None:  # its row does not learn
+            at = padding - rows.first
+            plain.padding_idx = at if 0 <= at < len(part) else None
+        states = functional_call(plain, {"weight": part}, (places,)) * found[..., None]
+        parts = DTensor.from_local(states, mesh, [Partial()], run_check=False)
+        return parts.redistribute(placements=[Replicate()]).to_local()
+
+    embedding.forward = forward  # type: ignore[method-assign, assignment]

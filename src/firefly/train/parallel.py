@@ -160,19 +160,7 @@ def take_places(recipe: Recipe, device: torch.device) -> Ranks:
     """Lay the processes out as the recipe says; raises `RecipeError` where it does not fit their number or itself."""
     section = recipe.parallel
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    group = section.tp * section.hsdp
-    if world_size % group:
-        raise RecipeError(
-            f"parallel.tp = {section.tp} and parallel.hsdp = {section.hsdp} need a multiple of {group} processes and "
-            f"there {'is one' if world_size == 1 else f'are {world_size}'}; "
-            f"start them with torchrun --nproc-per-node, or change the recipe."
-        )
-    if section.hsdp > 1 and section.zero == 0:
-        raise RecipeError(
-            "parallel.hsdp counts replicas of a sharding group, and parallel.zero = 0 shards nothing; "
-            "choose zero 1 to 3."
-        )
-    _refuse_unfit(recipe, world_size)
+    require_layout(recipe, world_size)
     if world_size == 1 and section.offload == "all" and not dist.is_initialized():
         # FSDP2 brings the layers, and wants a group of processes.
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
@@ -186,9 +174,21 @@ def take_places(recipe: Recipe, device: torch.device) -> Ranks:
     return Ranks(device, dist.get_rank(), world_size, section.tp, mesh)
 
 
-def _refuse_unfit(recipe: Recipe, world_size: int) -> None:
-    """Raise `RecipeError` for what does not work in several processes."""
+def require_layout(recipe: Recipe, world_size: int) -> None:
+    """Raise `RecipeError` unless so many processes can share the work out, and the recipe's options bear it."""
     section, train = recipe.parallel, recipe.train
+    group = section.tp * section.hsdp
+    if world_size % group:
+        raise RecipeError(
+            f"parallel.tp = {section.tp} and parallel.hsdp = {section.hsdp} need a multiple of {group} processes and "
+            f"there {'is one' if world_size == 1 else f'are {world_size}'}; "
+            f"start them with torchrun --nproc-per-node, or change the recipe."
+        )
+    if section.hsdp > 1 and section.zero == 0:
+        raise RecipeError(
+            "parallel.hsdp counts replicas of a sharding group, and parallel.zero = 0 shards nothing; "
+            "choose zero 1 to 3."
+        )
     compact = train.optimizer != "adamw" or train.weights != "float32"
     copies = section.tp > 1 or section.hsdp > 1 or section.zero == 0
     if compact and copies and world_size > 1:

@@ -133,10 +133,9 @@ def rank_memory(load: Load, layout: Layout, accumulation: int) -> tuple[Memory, 
         """Of the `of_all` bytes on one device alone."""
         made = min(1.0, of_all / alone)
         # Beyond one for each weight: those of a tied matrix from both its uses, added when the layers' have gone.
-        # Under tensor parallelism, DTensor makes that of the embedding whole on every rank.
         uses = max(0, of_all - alone) / layout.tp
-        if uses:
-            uses += (layout.tp - 1) * root * gradient_bytes + (root * gradient_bytes if working else 0)
+        if uses and working:
+            uses += root * gradient_bytes
         return int(kept * made + max(working * made, uses))
 
     share = _activation_share(load, layout.tp)

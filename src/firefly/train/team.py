@@ -42,6 +42,7 @@ _ECHO_S = 6.0  # when contact broke, the dead rank is the one that is silent for
 _LEAVE_S = 60.0
 _LAST_WORDS_S = 5.0
 _GO_ON = "run the same command to go on from the last checkpoint"
+_BEGINS = "--- rank "
 
 
 class Team:
@@ -130,6 +131,7 @@ class _Several(Team):
             twice = f"Two processes say that they are rank {self.rank} of {self.world_size}; give each its own RANK."
             raise LaunchError(self._claim(self._store, twice))
         self._log: IO[str] | None = None
+        self._logs = Path()
         self._terminal: int | None = None  # where stderr went before the log had it
         self._words = 0
         self._together = False  # every rank was here at least once
@@ -176,7 +178,9 @@ class _Several(Team):
 
     def log_to(self, folder: Path, aloud: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._log = (folder / f"rank-{self.rank}.log").open("a", buffering=1, encoding="utf-8")
+        self._logs = folder
+        self._log = _log_of(folder, self.rank).open("a", buffering=1, encoding="utf-8")
+        print(f"{_BEGINS}{self.rank} of {self.world_size}, process {os.getpid()}", file=self._log)
         faulthandler.enable(self._log)
         if self.rank == 0 or aloud:
             console.share(self._log, f"[rank {self.rank}] " if self.rank else "")
@@ -235,8 +239,8 @@ class _Several(Team):
             self._mark(self._store, f"left/{self.rank}")
             if told and self._log is None:
                 os._exit(1)  # here, without a log yet, it would be said again
-            if not told and self._terminal is not None:
-                os.write(self._terminal, f"error: {first}\n".encode())
+            if not told:
+                self._say_for_rank_0(first)
 
     def _tell(self, store: Any) -> None:
         """Rank 0 says that it has said it; where it has the store, it goes last."""
@@ -281,7 +285,7 @@ class _Several(Team):
                     self._end(self._claim(store, found))
             except RuntimeError:  # the store is gone, and with it the process that had it
                 if time.monotonic() - began_s > _TICK_S and not self._left.is_set():
-                    self._end("rank 0 or its torchrun has ended without a word.")
+                    self._end(f"rank 0, or its torchrun, ended without a word; {_GO_ON}.")
 
     def _silent(self, store: Any, seen: dict[int, tuple[bytes, float]]) -> str:
         """Which rank gives no sign of life any more: rank 0 looks at all of them, all of them at rank 0."""
@@ -299,6 +303,11 @@ class _Several(Team):
                 silent.append(rank)
         if not silent:
             return ""
+        for rank in silent if self._log is not None else ():
+            log = _log_of(self._logs, rank)
+            fault = _fault(log)
+            if fault:
+                return f"rank {rank} was ended by a fault ({fault}); {log} has its stacks; {_GO_ON}."
         return (
             f"{_ranks(silent)} ended without a word: killed, often because main memory ran out, or the machine is "
             f"lost; {_GO_ON}."
@@ -326,18 +335,25 @@ class _Several(Team):
             return  # the main thread is about to
         if self._log is not None:
             faulthandler.dump_traceback(self._log)
-        store = self._watchers_store
+        store, told = self._watchers_store, False
         with contextlib.suppress(RuntimeError):
             if self.rank:
-                told = self._log is None and self._wait_for(store, ["told"], _LAST_WORDS_S)
+                told = self._wait_for(store, ["told"], _LAST_WORDS_S)
                 self._mark(store, f"left/{self.rank}")
-                if told:
-                    os._exit(1)  # here, without a log yet, it would be said again
+        if told and self._log is None:
+            os._exit(1)  # here, without a log yet, it would be said again
         print(f"error: {sentence}", file=sys.stderr, flush=True)
+        if self.rank and not told:
+            self._say_for_rank_0(sentence)
         with contextlib.suppress(RuntimeError):
             if self.rank == 0:
                 self._tell(store)
         os._exit(1)
+
+    def _say_for_rank_0(self, sentence: str) -> None:
+        """Rank 0 is gone: on its machine rank 1 speaks, on others the first rank there."""
+        if self._terminal is not None and (self.rank == 1 or os.environ.get("LOCAL_RANK") == "0"):
+            os.write(self._terminal, f"error: {sentence}\n".encode())
 
 
 def _environment() -> tuple[int, int, str, int]:
@@ -372,6 +388,24 @@ def _compare(
     ]
     if different:
         raise LaunchError(f"The ranks differ in {', '.join(different)}; {cure}.")
+
+
+def _log_of(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.log"
+
+
+def _fault(log: Path) -> str:
+    """What ended a rank, from its log: a fatal signal, and what C++ said before it; or nothing."""
+    try:
+        text = log.read_text("utf-8", errors="replace").rpartition(_BEGINS)[2]
+    except OSError:
+        return ""
+    before, _, after = text.rpartition("Fatal Python error: ")
+    if not before:
+        return ""
+    _, found, uncaught = before.rpartition("terminate called")  # C++ tells of an exception on several lines
+    said = f": {' '.join((found + uncaught).split())[:300]}" if found else ""
+    return after.partition("\n")[0] + said
 
 
 def _ranks(numbers: Any) -> str:
