@@ -249,6 +249,14 @@ def test_run_directory_tells_the_story(recipe: Callable[..., Recipe]) -> None:
     assert [path.name for path in sorted(run.glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-8"]
 
 
+def test_rows_that_are_gone_stop_no_run(recipe: Callable[..., Recipe]) -> None:
+    made = recipe(max_steps=2)
+    api.train(made)
+    (made.out / "run" / "metrics.jsonl").write_text('["junk"]')
+    (made.out / ".stages" / "train.json").unlink()
+    assert api.train(made).stages["train"].result["train_loss"] is None
+
+
 def test_packed_rows_train_on_the_same_losses(
     recipe: Callable[..., Recipe], tiny: Callable[[str], Path]
 ) -> None:
