@@ -65,9 +65,9 @@ class PackedInput:
         )
 
 
-def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A NumPy array as a tensor on `device`; the copy to a GPU goes on beside the host's work."""
-    host = torch.from_numpy(array)
+def on_device(values: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """What is in main memory as a tensor on `device`; the copy to a GPU goes on beside the host's work."""
+    host = values if isinstance(values, Tensor) else torch.from_numpy(values)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
