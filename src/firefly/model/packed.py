@@ -193,7 +193,8 @@ class ByBlock:
     ) -> Tensor:
         """Attend: query T H D, key and value T G D; returns T H D."""
         if query.shape[-1] < _NARROWEST:
-            return ByDocument(self.borders.tolist(), self.slopes)(query, key, value, scale, window)
+            by_document = ByDocument(self.borders.tolist(), self.slopes)
+            return by_document(query, key, value, scale, window)  # type: ignore[no-any-return]
         attend = _compiled_flex_attention() if query.is_cuda else flex_attention
         out = attend(
             *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)),  # 1 H T D, twice 1 G T D
