@@ -240,8 +240,8 @@ def _wait(device: torch.device) -> None:
 
 def our_step(model: Bloom, section: TrainSection, device: torch.device) -> Callable[[Batch], None]:
     """One training step as the loop takes it, its wait for the loss and the norm included."""
-    compiled = section.compile and compile_layers(model, device)
     model.checkpoint_every = section.gradient_checkpointing
+    compiled = section.compile and compile_layers(model, device)
     optimizer = make_optimizer(model.parameters(), section, compiled)
     parameters = list(model.train().parameters())
 
