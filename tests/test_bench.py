@@ -31,6 +31,26 @@ def test_the_ladder_runs_and_gives_ratios(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
+def test_a_way_that_fails_costs_no_other_its_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = train_gpu.make_model
+
+    def scarce(shape: Any, device: Any, dtype: torch.dtype) -> Any:
+        if dtype == torch.float32:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much")
+        return real(shape, device, dtype)
+
+    monkeypatch.setattr(train_gpu, "make_model", scarce)
+    monkeypatch.setattr(train_gpu, "FAILED", [])
+    ways = [("padded, eager", None), ("wrong", {"optimizer": "none"}), ("bf16", {"weights": "bf16_kahan"})]
+    monkeypatch.setitem(train_gpu.WAYS, "tiny", ways)
+    found = train_gpu.ladder("tiny", CPU, 1, time.monotonic(), 1e12)
+    assert [row["way"] for row in found] == ["bf16"] and train_gpu.FAILED == ["tiny: wrong"]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and "OutOfMemoryError: CUDA out of memory. Tried to allocate much" in said[0]
+
+
 def test_the_lean_way_is_the_fastest_that_fits() -> None:
     def row(way: str, tokens_per_s: float, peak_gb: float) -> dict[str, Any]:
         return {

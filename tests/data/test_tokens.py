@@ -130,6 +130,10 @@ def test_damage_is_found(encode: Encode, tmp_path: Path) -> None:
         Tokens.open(place, "train")
     with pytest.raises(InputError, match="not a tokens directory"):
         Tokens.open(tmp_path, "train")
+    for junk in ("", "[]", '{"tokens": 3}', "\x00"):
+        (place / "index.json").write_text(junk)
+        with pytest.raises(InputError, match=r"index\.json is damaged; delete .* and run"):
+            Tokens.open(place, "train")
 
 
 def test_the_stream_is_a_function_of_seed_and_position(encode: Encode, tmp_path: Path) -> None:

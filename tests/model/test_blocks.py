@@ -9,9 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention as flex
 
+from firefly.model import packed
 from firefly.model.bloom import alibi_slopes
-from firefly.model.packed import ByBlock, ByDocument, causal_blocks
+from firefly.model.packed import ByBlock, ByDocument, causal_blocks, packed_attention
 
 CPU = torch.device("cpu")
 
@@ -40,6 +43,46 @@ def test_by_block_sees_no_neighbour() -> None:
     for tensor in changed:
         tensor[:21] = 7.0
     assert torch.equal(attention(*changed)[21:], before[21:])
+
+
+@pytest.mark.parametrize(("alibi", "window"), [(True, None), (False, 20)])
+def test_gradients_by_block_equal_those_by_document(
+    monkeypatch: pytest.MonkeyPatch, alibi: bool, window: int | None
+) -> None:
+    """PyTorch has the mathematics of the backward pass on a CPU and forbids it for want of a kernel."""
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(packed, "flex_attention", torch.compile(flex.flex_attention, backend="eager"))
+    borders = [0, 5, 6, 70, 71, 130]
+    slopes = alibi_slopes(4) if alibi else None
+    tensors = inputs(130, 4, 4 if alibi else 2)
+    gradients = []
+    for attention in (ByDocument(borders, slopes), ByBlock(borders, CPU, slopes, block=16)):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        attention(*leaves, 0.3, window).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for expected, got in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_kernels_are_made_once_whatever_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond eight times PyTorch would give up compiling, and hold all scores in memory."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex.flex_attention, dynamic=True, backend=counter)
+    monkeypatch.setattr(packed, "flex_attention", compiled)
+    for borders in ([0, 5, 70, 130], [0, 40, 90], [0, 200, 201, 260, 270], [0, 33]):
+        attention = ByBlock(borders, CPU, alibi_slopes(4), block=16)
+        attention(*inputs(borders[-1], 4, 4))
+    assert counter.frame_count == 1
+
+
+def test_one_block_and_narrow_heads_go_by_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(packed_attention([0, 40, 128], torch.device("cuda")), ByDocument)
+    monkeypatch.setattr(packed, "flex_attention", None)
+    tensors = [one[..., :12] for one in inputs(130, 4, 4)]
+    slopes = alibi_slopes(4)
+    assert torch.equal(
+        ByBlock([0, 30, 130], CPU, slopes)(*tensors), ByDocument([0, 30, 130], slopes)(*tensors)
+    )
 
 
 @settings(deadline=None, max_examples=60)

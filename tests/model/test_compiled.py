@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from firefly.data.loader import pack
 from firefly.model import compiled
@@ -43,6 +44,36 @@ def test_compiled_layers_learn_the_same(tiny: Callable[[str], Path], family: str
     plain.checkpoint_every = fused.checkpoint_every = every
     assert compile_layers(fused, CPU)
     assert losses(fused) == pytest.approx(losses(plain), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "every"),
+    [
+        ("qwen3", 1),
+        *(
+            pytest.param(*one, marks=pytest.mark.nightly)
+            for one in (("qwen3", 0), ("bloom", 0), ("bloom", 1))
+        ),
+    ],
+)
+def test_layers_are_compiled_once_recomputed_or_not(
+    tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str, every: int
+) -> None:
+    """Whatever the batch, and all layers share what was compiled for one."""
+    counter = CompileCounterWithBackend("eager")
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *what, **how: real(*what, **how, backend=counter))
+    torch.compiler.reset()
+    compiled._compiled.cache_clear()
+    plain, fused = load_model(tiny(family)), load_model(tiny(family))
+    plain.checkpoint_every = fused.checkpoint_every = every
+    assert compile_layers(fused, CPU)
+    first = losses(fused, 1)
+    parts = counter.frame_count
+    assert 1 < parts < 9  # before attention and after it, and what the compiler makes of a first layer
+    assert [*first, *losses(fused)] == pytest.approx([*losses(plain, 1), *losses(plain)], abs=1e-5)
+    assert counter.frame_count == parts
+    compiled._compiled.cache_clear()
 
 
 def test_without_a_compiler_training_goes_on(

@@ -118,6 +118,27 @@ def test_what_would_be_computed_differently_is_refused(setting: dict[str, Any]) 
         build({"model_type": "gemma2"})
 
 
+@pytest.mark.parametrize(
+    ("family", "setting", "says"),
+    [
+        ("bloom", {"vocab_size": "many"}, "vocab_size = 'many'"),
+        ("bloom", {"n_head": 0}, "n_head = 0"),
+        ("bloom", {"n_head": 5}, "48 among 5 heads"),
+        ("qwen3", {"vocab_size": "many"}, "describes no model .*vocab_size"),
+        ("qwen3", {"hidden_size": -4}, "describes no model"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_one_sentence(
+    family: str, setting: dict[str, Any], says: str
+) -> None:
+    config = {"model_type": family, "vocab_size": 503, "hidden_size": 48, **SHAPES[family], **setting}
+    with torch.device("meta"), pytest.raises(ModelError, match=says) as caught:
+        build(config)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="lacks hidden_size and n_embed"):
+        build({"model_type": "bloom"})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_tokens_contribute_nothing(tiny: Callable[[str], Path], family: str) -> None:
     """The loss is that of the learned tokens alone, whatever the others would have cost."""

@@ -217,6 +217,19 @@ def test_pretrain_learns_every_token(recipe: Callable[..., Recipe]) -> None:
         assert row["target_tokens"] == row["tokens"] - 4  # all but the first of each of the 4 samples
 
 
+def assert_tensorboard_has(out: Path) -> None:
+    """What TensorBoard would show are the very rows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "run" / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_bytes", "epoch", "eta_s"):
+        shown = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert shown == pytest.approx({row["step"]: row[name] for row in rows(out)}, rel=1e-6)
+    tags = events.Tags()["scalars"]
+    assert {"train/loss_by_kind/Couplet", "train/padding_share", "validation/loss/all"} <= set(tags)
+
+
 @pytest.mark.pictures
 def test_run_directory_tells_the_story(recipe: Callable[..., Recipe]) -> None:
     made = recipe(eval_steps=4)
@@ -225,7 +238,7 @@ def test_run_directory_tells_the_story(recipe: Callable[..., Recipe]) -> None:
     assert Recipe.load(run / "recipe.toml") == made
     assert json.loads((run / "environment.json").read_text("utf-8"))["torch"] == torch.__version__
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert any((run / "tensorboard").iterdir())
+    assert_tensorboard_has(made.out)
     validated = [
         json.loads(line)
         for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -234,6 +247,14 @@ def test_run_directory_tells_the_story(recipe: Callable[..., Recipe]) -> None:
     assert [row["step"] for row in validated] == [4, 8]
     assert set(result["validation"]) == {"Couplet", "Dictionary", "all"}
     assert [path.name for path in sorted(run.glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_rows_that_are_gone_stop_no_run(recipe: Callable[..., Recipe]) -> None:
+    made = recipe(max_steps=2)
+    api.train(made)
+    (made.out / "run" / "metrics.jsonl").write_text('["junk"]')
+    (made.out / ".stages" / "train.json").unlink()
+    assert api.train(made).stages["train"].result["train_loss"] is None
 
 
 def test_packed_rows_train_on_the_same_losses(

@@ -117,6 +117,27 @@ def test_the_seed_decides_every_bit(eight_bit: bool) -> None:
     assert not torch.equal(run(3), run(4))
 
 
+@pytest.mark.nightly  # compiles C++ for a minute
+@pytest.mark.parametrize(
+    "options", [{}, {"eight_bit": True}, {"kahan": True}], ids=["plain", "8 bit", "kahan"]
+)
+def test_compiled_it_is_the_same_optimizer(monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]) -> None:
+    """Parameters of several lengths, also beyond one slice, are compiled for a handful of times."""
+    monkeypatch.setattr(optim, "SLICE", 256)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    dtype = torch.bfloat16 if options.get("kahan") else torch.float32
+    found = []
+    for compiled in (False, True):
+        ours = [weight(size, dtype) for size in (2600, 700, 256, 40, 1300, 3000)]
+        optimizer = CompactAdamW(group(*ours), 1e-2, compiled=compiled, **options)
+        moved = [trained(optimizer, one, 12) - weight(one.numel(), dtype).detach().float() for one in ours]
+        found.append(torch.cat(moved))
+    near = 0.15 if options.get("eight_bit") else 1e-2 if options else 1e-5  # rounding draws other random bits
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < near
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 8  # else it would give up compiling
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.floats(-1e6, 1e6, width=32, allow_subnormal=False), st.sampled_from([16, 20]))
 def test_stochastic_rounding_picks_a_neighbour_and_keeps_the_mean(value: float, dropped: int) -> None:
@@ -127,6 +148,13 @@ def test_stochastic_rounding_picks_a_neighbour_and_keeps_the_mean(value: float, 
     step = abs(value) * 2.0 ** (dropped - 23) + 1e-38
     assert (rounded - values).abs().max() <= step
     assert abs(float((rounded.double() - value).mean())) <= 0.04 * step
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+def test_rounding_by_bits_is_the_cast(values: list[float]) -> None:
+    exact = torch.tensor([*values, float("inf"), -0.0, 1.00390625, 1.01171875])  # the last two are ties
+    assert torch.equal(optim._round_to_bf16(exact).nan_to_num(7.0), exact.bfloat16().float().nan_to_num(7.0))
 
 
 def test_stochastic_rounding_leaves_what_is_not_finite() -> None:

@@ -50,6 +50,30 @@ def test_compact_training_stays_near_float32_and_resumes_exactly(
     assert losses(compact.out) == before
 
 
+@pytest.mark.nightly  # compiles C++ for minutes
+@pytest.mark.parametrize(
+    ("options", "near"),
+    [
+        ({}, 1e-4),
+        ({"gradient_checkpointing": 2, "method": "lora"}, 1e-4),
+        ({"optimizer": "adamw_8bit"}, 1e-2),
+    ],
+    ids=["full", "lora", "8 bit"],
+)
+def test_compiled_or_not_the_losses_are_the_same(
+    tiny: Callable[[str], Path], tmp_path: Path, options: dict[str, Any], near: float
+) -> None:
+    """8-bit moments are rounded with other random bits once they are compiled."""
+    source = write_pairs(tmp_path / "pairs.jsonl")
+    found = []
+    for compiled in (False, True):
+        table = recipe_table(tmp_path / str(compiled), tiny("bloom"), source, compile=compiled, **options)
+        made = Recipe.from_table(table)
+        api.train(made)
+        found.append(losses(made.out))
+    assert found[1] == pytest.approx(found[0], abs=near) and found[0][-1] < found[0][0]
+
+
 def test_bf16_weights_refuse_float32_arithmetic(tmp_path: Path) -> None:
     table = recipe_table(tmp_path, tmp_path, tmp_path, weights="bf16_kahan", precision="float32")
     with pytest.raises(RecipeError, match=r"train\.weights.*'float32' where precision"):

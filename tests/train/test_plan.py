@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.profiler import ProfilerActivity, profile
 
 from firefly import api
@@ -25,7 +26,7 @@ from firefly.recipe import Recipe, TrainSection
 from firefly.train import objectives, plan
 from firefly.train.gpus import Device, find_gpu
 from firefly.train.loop import train
-from firefly.train.memory import BatchShape, at_depth, predict_memory
+from firefly.train.memory import BatchShape, at_depth, memory_at_peak, walk_phases
 from firefly.train.optim import make_optimizer
 from firefly.train.plan import estimate_from, make_plan
 from tiny import recipe_table, save_tokenizer, write_pairs
@@ -181,11 +182,39 @@ def test_a_deep_model_extends_as_if_walked_through(
     config = at_depth(read_config(small(family)[0]), 9)
     train = TrainSection(gradient_checkpointing=checkpointing)
     shapes = BatchShape(600, 300, 300), BatchShape(300, 300, 150)
-    extended = predict_memory(config, train, *shapes, bf16, "cpu")
+    extended = memory_at_peak(walk_phases(config, train, *shapes, bf16, "cpu"), "cpu")
     monkeypatch.setattr("firefly.train.memory._DEPTHS", (2, 100))
-    walked = predict_memory(config, train, *shapes, bf16, "cpu")
+    walked = memory_at_peak(walk_phases(config, train, *shapes, bf16, "cpu"), "cpu")
     assert extended.total == pytest.approx(walked.total, rel=0.01)
     assert extended.weights == walked.weights and extended.optimizer == walked.optimizer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": 1},
+        {"weights": "bf16_stochastic", "optimizer": "adamw_8bit"},
+        {"objective": "dpo", "method": "lora"},
+    ],
+    ids=["sft", "compact", "dpo-lora"],
+)
+def test_a_step_asks_the_device_for_no_number(
+    small: Callable[[str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """The plan walks through a real step on tensors without data, where to ask for a number is an error."""
+    config, train = at_depth(read_config(small("bloom")[0]), 2), TrainSection(**options)
+    shapes = BatchShape(600, 300, 300), BatchShape(300, 300, 150)
+    walk_phases(config, train, *shapes, False, "cpu")
+    real = objectives.linear_cross_entropy if "objective" in options else objectives.batch_loss
+
+    def asking(*arguments: Any) -> Any:
+        total, each = real(*arguments)
+        assert float(total.detach()) >= 0
+        return total, each
+
+    monkeypatch.setattr(objectives, real.__name__, asking)
+    with pytest.raises(DataDependentOutputException):
+        walk_phases(config, train, *shapes, False, "cpu")
 
 
 @pytest.fixture

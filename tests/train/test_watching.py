@@ -26,7 +26,7 @@ from firefly.model.load import load_model
 from firefly.recipe import Recipe
 from firefly.train import loop
 from firefly.train.checkpoint import Checkpoints
-from firefly.train.curves import draw_comparison, draw_curves, note, scalars
+from firefly.train.curves import draw_comparison, draw_curves, note, read_rows, scalars
 from firefly.train.devices import peak_flops, peak_flops_of, training_flops
 from firefly.train.parallel import Ranks
 from firefly.train.window import Window
@@ -198,6 +198,14 @@ def test_validation_shows_progress(make: Make, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().err
     held_out = Tokens.open(made.out / "tokens", "validation")
     assert said.count(f"validate: {len(held_out.ids):,} tokens in ") == 2
+
+
+@pytest.mark.parametrize("junk", ["[1]", '{"loss": 1}', '{"step": "x"}', '{"step": 3', "\x00\ud800"])
+def test_rows_are_read_up_to_the_first_that_is_none(tmp_path: Path, junk: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1}', '{"step": 2}', junk, '{"step": 4}']
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    assert read_rows(path) == [{"step": 1}, {"step": 2}]
 
 
 # --- devices --------------------------------------------------------------------------------------------------------

@@ -93,12 +93,7 @@ class Tokens:
     @classmethod
     def open(cls, directory: Path, split: str, tokenizer_sha256: str | None = None) -> Tokens:
         """Map one split; raises `InputError` when it is missing or damaged, `ModelError` for a wrong tokenizer."""
-        index_path = directory / "index.json"
-        if not index_path.is_file():
-            raise InputError(
-                f"{directory} is not a tokens directory (no index.json); make it with `firefly data`."
-            )
-        index = json.loads(index_path.read_text(encoding="utf-8"))
+        index = _read_index(directory)
         if tokenizer_sha256 is not None and index["tokenizer_sha256"] != tokenizer_sha256:
             raise ModelError(
                 f"{directory} was made with another tokenizer (hash {index['tokenizer_sha256'][:12]}, the model's is "
@@ -138,6 +133,23 @@ class Tokens:
         span = slice(self.borders[number], self.borders[number + 1])
         kind = self.kind_names[self.kinds[number]]
         return Sample(self.ids[span], self.mask[span], kind, int(self.origins[number]))
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    """index.json of a tokens directory; raises `InputError` for one that is missing or damaged."""
+    path = directory / "index.json"
+    if not path.is_file():
+        raise InputError(
+            f"{directory} is not a tokens directory (no index.json); make it with `firefly data`."
+        )
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        index = None
+    needed = {"tokens", "kinds", "dtype", "max_seq_length", "tokenizer_sha256", "sha256"}
+    if not isinstance(index, dict) or not needed <= set(index):
+        raise InputError(f"{path} is damaged; delete {directory} and run `firefly data` again.")
+    return index
 
 
 def encode_dataset(dataset: Path, model: Path, data: DataSection, out: Path) -> TokensResult:

@@ -36,17 +36,25 @@ class BloomShape:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> BloomShape:
-        """Read a BLOOM config.json; raises `ModelError` for dropout, which no published BLOOM uses."""
+        """Read a BLOOM config.json; raises `ModelError` for numbers that make no model, and for dropout, which no
+        published BLOOM uses."""
         for name in ("hidden_dropout", "attention_dropout"):
             if config.get(name, 0.0):
                 raise ModelError(
                     f"This BLOOM's config.json sets {name} = {config[name]}; set it to 0 to train it here."
                 )
+        hidden_size = _first(config, "hidden_size", "n_embed")
+        num_heads = _first(config, "n_head", "num_attention_heads")
+        if hidden_size % num_heads:
+            raise ModelError(
+                f"This BLOOM's config.json shares a hidden size of {hidden_size} among {num_heads} heads, which does "
+                "not come out even; fetch it again."
+            )
         return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=_first(config, "hidden_size", "n_embed"),
+            vocab_size=_first(config, "vocab_size"),
+            hidden_size=hidden_size,
             num_layers=_first(config, "n_layer", "num_hidden_layers"),
-            num_heads=_first(config, "n_head", "num_attention_heads"),
+            num_heads=num_heads,
             layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
             residual_after_layernorm=config.get("apply_residual_connection_post_layernorm", False),
             tied=config.get("tie_word_embeddings", True),
@@ -54,10 +62,15 @@ class BloomShape:
 
 
 def _first(config: dict[str, Any], *names: str) -> int:
-    """A number that older and newer config.json files name differently."""
+    """A number above 0 that older and newer config.json files name differently."""
     for name in names:
         if name in config:
-            return int(config[name])
+            if isinstance(config[name], int) and config[name] > 0:
+                return int(config[name])
+            raise ModelError(
+                f"This BLOOM's config.json has {name} = {config[name]!r}, which must be a whole number above 0; "
+                "fetch it again."
+            )
     raise ModelError(f"This BLOOM's config.json lacks {' and '.join(names)}; fetch it again.")
 
 

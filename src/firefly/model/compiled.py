@@ -6,6 +6,10 @@ number of tokens. Attention stays outside, so norms, activations, biases and res
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
 import torch
 
 from firefly.console import warn
@@ -13,13 +17,29 @@ from firefly.model.families import CausalModel
 
 
 def compile_layers(model: CausalModel, device: torch.device) -> bool:
-    """Compile every layer; where torch.compile does not work on this machine, say so and change nothing."""
+    """Compile every layer, once `checkpoint_every` is set; where torch.compile does not work on this machine, say so
+    and change nothing."""
     if (problem := _compiler_problem(device)) is not None:
         warn(f"torch.compile does not work here ({problem}), so train.compile is ignored.")
         return False
+    layer: Any
     for layer in model.layers:
-        layer.compile(dynamic=True)
+        if getattr(layer, "gradient_checkpointing", False):
+            # transformers recomputes within the layer's forward, where the compiler, stopped by attention, gives up.
+            layer._gradient_checkpointing_func = partial(_recompute, layer._gradient_checkpointing_func)
+        else:
+            layer.compile(dynamic=True)
     return True
+
+
+def _recompute(checkpoint: Callable[..., Any], run: partial[Any], *inputs: Any) -> Any:
+    """transformers' checkpointing of `run`, its layer's forward pass, with the compiler inside and not around it."""
+    return checkpoint(partial(_compiled(run.func), *run.args, **run.keywords), *inputs)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Any:
+    return torch.compile(function, dynamic=True)
 
 
 def _compiler_problem(device: torch.device) -> str | None:

@@ -29,9 +29,14 @@ class HubModel(nn.Module):
                 raise ModelError(
                     f"This model's config.json sets {name} = {settings[name]}, which is not supported."
                 )
-        made = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        made.use_cache = False
-        self.inner = AutoModelForCausalLM.from_config(made, attn_implementation=register_with_transformers())
+        try:
+            made = AutoConfig.for_model(settings.pop("model_type"), **settings)
+            made.use_cache = False
+            attention = register_with_transformers()
+            self.inner = AutoModelForCausalLM.from_config(made, attn_implementation=attention)
+        except Exception as error:  # whatever transformers stumbles over
+            reason = " ".join(str(error).split())
+            raise ModelError(f"This config.json describes no model ({reason}); fetch it again.") from error
         self._checkpoint_every = 0
 
     @property
@@ -102,19 +107,14 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], CausalModel]] = {
 }
 
 
-def require_supported(config: dict[str, Any]) -> str:
-    """The family of a config.json; raises `ModelError` for one that is not in the table."""
+def build(config: dict[str, Any]) -> CausalModel:
+    """The empty model of a config.json; raises `ModelError` for a family not in the table, or no model at all."""
     kind = str(config.get("model_type"))
     if kind not in FAMILIES:
         raise ModelError(
             f"The model family '{kind}' is not supported for training; {choices(kind, FAMILIES)}."
         )
-    return kind
-
-
-def build(config: dict[str, Any]) -> CausalModel:
-    """The empty model of a config.json."""
-    return FAMILIES[require_supported(config)](config)
+    return FAMILIES[kind](config)
 
 
 def transformers_model(model: CausalModel) -> nn.Module:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from firefly.errors import ModelError
 from firefly.files import directory_atomic, require_disk, write_json
-from firefly.model.families import CausalModel, HubModel, build, require_supported, transformers_model
+from firefly.model.families import CausalModel, HubModel, build, transformers_model
 from firefly.model.shards import weight_files
 from firefly.model.split import part_of
 
@@ -50,7 +50,9 @@ def check_model(directory: Path) -> None:
 
     Raises `ModelError`.
     """
-    require_supported(read_config(directory))
+    config = read_config(directory)
+    with torch.device("meta"):
+        build(config)
     if not (directory / "tokenizer.json").is_file():
         raise ModelError(f"{directory} has no tokenizer.json; save the model with a fast tokenizer.")
     for path in weight_files(directory):

@@ -4,8 +4,9 @@ Legend: T packed tokens, H heads, G key/value heads, D head size, L length of on
 
 On the CPU each document runs through `scaled_dot_product_attention` alone, which wastes nothing and makes
 isolation a matter of slicing. On CUDA one FlexAttention call serves all documents and skips the blocks between
-them (tested here through its CPU forward pass only; its CUDA kernels have not run yet). ALiBi distances are counted
-within the document. The same attention serves BLOOM and, through transformers' interface, every other family.
+them (tested here through its CPU forward pass; its CUDA kernels were compiled for an H200 and have not run yet). ALiBi
+distances are counted within the document. The same attention serves BLOOM and, through transformers' interface, every
+other family.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ class PackedInput:
         )
 
 
-def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A NumPy array as a tensor on `device`; the copy to a GPU goes on beside the host's work."""
-    host = torch.from_numpy(array)
+def on_device(values: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """What is in main memory as a tensor on `device`; the copy to a GPU goes on beside the host's work."""
+    host = values if isinstance(values, Tensor) else torch.from_numpy(values)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
@@ -79,6 +80,10 @@ class PackedAttention(Protocol):
         """Attend: query T H D, key and value T G D; returns T H D. With a window, only to the nearest keys so many."""
 
 
+BLOCK = 128
+"""Tokens in a block of FlexAttention's mask."""
+_NARROWEST = 16  # the smallest head that its CUDA kernels take
+
 AttentionMaker = Callable[[Sequence[int], torch.device, Tensor | None], PackedAttention]
 """Makes the attention of one batch from its borders, device and ALiBi slopes (or None), as `packed_attention` does."""
 
@@ -90,7 +95,9 @@ def packed_attention(
 
     What all layers share (biases, block masks) is made here, once a batch.
     """
-    return ByBlock(borders, device, slopes) if device.type == "cuda" else ByDocument(borders, slopes)
+    # A single block would make FlexAttention compile its kernels once more, for so little.
+    by_block = device.type == "cuda" and borders[-1] > BLOCK
+    return ByBlock(borders, device, slopes) if by_block else ByDocument(borders, slopes)
 
 
 class ByDocument:
@@ -139,11 +146,11 @@ class ByBlock:
     """
 
     def __init__(
-        self, borders: Sequence[int], device: torch.device, slopes: Tensor | None = None, block: int = 128
+        self, borders: Sequence[int], device: torch.device, slopes: Tensor | None = None, block: int = BLOCK
     ) -> None:
         lengths = np.diff(borders)
         self.longest = int(lengths.max())
-        self.borders, self.block = np.asarray(borders), block
+        self.borders, self.slopes, self.block = np.asarray(borders), slopes, block
         self.document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # T
         self.document_of = on_device(self.document, device)
         self.masks: dict[int | None, BlockMask] = {}  # by window
@@ -185,6 +192,9 @@ class ByBlock:
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None
     ) -> Tensor:
         """Attend: query T H D, key and value T G D; returns T H D."""
+        if query.shape[-1] < _NARROWEST:
+            by_document = ByDocument(self.borders.tolist(), self.slopes)
+            return by_document(query, key, value, scale, window)  # type: ignore[no-any-return]
         attend = _compiled_flex_attention() if query.is_cuda else flex_attention
         out = attend(
             *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)),  # 1 H T D, twice 1 G T D

@@ -98,15 +98,18 @@ class UnwrittenMetrics(Metrics):
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl up to the first that is not whole; none where there is no such file."""
+    """The rows of a metrics.jsonl up to the first that is none, or not whole; none where there is no such file."""
     if not path.is_file():
         return []
-    rows = []
+    rows: list[Row] = []
     for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 

@@ -84,7 +84,10 @@ _SHARED = (
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run is: steps, throughput (non-padding tokens; there is no padding), losses in nats."""
+    """What a finished run is: steps, throughput (non-padding tokens; there is no padding), losses in nats.
+
+    `train_loss` is the last row's; None where somebody took the rows away.
+    """
 
     run: str
     model: str
@@ -92,7 +95,7 @@ class TrainResult:
     parameters: int
     trained_tokens: int
     tokens_per_s: float
-    train_loss: float
+    train_loss: float | None
     validation: dict[str, dict[str, float]]
 
 
@@ -236,7 +239,6 @@ def train(
         model.to("cpu")
         merge_adapter(model_dir, adapter, out)
     rows = metrics.rows()
-    losses = [row["loss"] for row in rows if "loss" in row]
     return TrainResult(
         run=str(run),
         model=str(out),
@@ -244,7 +246,7 @@ def train(
         parameters=num_parameters(model),
         trained_tokens=state.trained_tokens,
         tokens_per_s=round(state.trained_tokens / max(state.elapsed_s, 1e-9), 1),
-        train_loss=losses[-1],
+        train_loss=next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         validation=next((row["validation"] for row in reversed(rows) if "validation" in row), {}),
     )
 

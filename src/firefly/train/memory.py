@@ -79,18 +79,6 @@ class BatchShape:
     targets: int
 
 
-def predict_memory(
-    config: dict[str, Any],
-    train: TrainSection,
-    batch: BatchShape,
-    held_out: BatchShape | None,
-    bf16: bool,
-    device_kind: str,
-) -> Memory:
-    """The peak over training steps of `batch`, the largest one, and over validation batches of `held_out`."""
-    return memory_at_peak(walk_phases(config, train, batch, held_out, bf16, device_kind), device_kind)
-
-
 def walk_phases(
     config: dict[str, Any],
     train: TrainSection,
@@ -99,7 +87,8 @@ def walk_phases(
     bf16: bool,
     device_kind: str,
 ) -> list[Counter[str]]:
-    """Bytes in tensors by what they are for, at the peak of every phase of a step."""
+    """Bytes in tensors by what they are for, at the peak of every phase of a run: of training steps of `batch`, the
+    largest one, and of validation batches of `held_out`."""
     num_layers = depth_of(config)
     every = max(1, train.gradient_checkpointing)
     depths = (_DEPTHS[0] * every, _DEPTHS[1] * every)

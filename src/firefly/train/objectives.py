@@ -30,7 +30,7 @@ from firefly.data.tokens import Tokens
 from firefly.files import write_atomic
 from firefly.model.families import CausalModel
 from firefly.model.loss import linear_cross_entropy
-from firefly.model.packed import PackedInput
+from firefly.model.packed import PackedInput, on_device
 from firefly.model.score import batch_loss, learned_states, loss_by_sample, sum_by_kind
 from firefly.recipe import Recipe, TrainSection
 from firefly.train.parallel import ALONE, Ranks
@@ -118,7 +118,7 @@ class Preference:
             margins = self._margins(_sample_log_probs(batch, each), batch.sample_ids, self.reference)
             pull = self.beta * torch.sigmoid(-margins)  # one a pair
             weights = torch.stack([pull, -pull], dim=1).flatten()  # one a sample
-            weights = weights[torch.from_numpy(batch.target_samples).to(device)]
+            weights = weights[on_device(batch.target_samples, device)]
             each = F.softplus(-margins)
         slope, _ = linear_cross_entropy(states, model.head, packed.target_ids, weights)
         return Loss(slope + (each.sum() - slope.detach()), each, _rewards(margins))
@@ -141,7 +141,7 @@ class Preference:
 
     def _margins(self, log_probs: Tensor, sample_ids: list[int], reference: Tensor) -> Tensor:
         """Log-probabilities of chosen and rejected answers in turn [2P] → margins [P]."""
-        ratios = log_probs - reference[sample_ids].to(log_probs.device)
+        ratios = log_probs - on_device(reference[sample_ids], log_probs.device)
         return self.beta * (ratios[0::2] - ratios[1::2])
 
 
@@ -158,7 +158,7 @@ def _rewards(margins: Tensor) -> dict[str, Tensor]:
 
 def _sample_log_probs(batch: Batch, each: Tensor) -> Tensor:
     """Losses of the learned tokens [M] → log-probability of each sample's learned text [N]."""
-    samples = torch.from_numpy(batch.target_samples).to(each.device)
+    samples = on_device(batch.target_samples, each.device)
     return torch.zeros(len(batch.sample_ids), device=each.device).index_add_(0, samples, -each)
 
 

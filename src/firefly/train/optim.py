@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from firefly.model.packed import on_device
 from firefly.recipe import TrainSection
 
 
@@ -54,8 +55,8 @@ class CompactAdamW(torch.optim.Optimizer):
     2022); they are rounded stochastically too, as a step moves v by a thousandth and the codes lie 6 % apart. All
     random bits come from the device's default generator, whose state a checkpoint holds.
 
-    The arithmetic is plain torch in slices of bounded size; `compiled` makes one kernel of it (on CUDA it has not run
-    yet).
+    The arithmetic is plain torch in slices of bounded size; `compiled` makes few kernels of it (for CUDA they were
+    compiled, and have not run yet).
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class CompactAdamW(torch.optim.Optimizer):
         compiled: bool = False,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.eight_bit, self.kahan = eight_bit, kahan
+        self.eight_bit, self.kahan, self.compiled = eight_bit, kahan, compiled
         self._slice_update: Any = torch.compile(_adamw_slice, dynamic=True) if compiled else _adamw_slice
 
     @torch.no_grad()
@@ -78,37 +79,33 @@ class CompactAdamW(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         assert closure is None
         for group in self.param_groups:
+            numbers: dict[float, Tensor] = {}  # by step: parameters of one step share them
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    self._update(parameter, group, numbers)
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any], numbers: dict[float, Tensor]) -> None:
         state = self.state[parameter]
         if not state:
             state.update(self._fresh(parameter))
         state["step"] = state["step"].cpu() + 1  # on the host, so that reading it waits for nothing
-        step, (beta1, beta2) = float(state["step"]), group["betas"]
-        # As tensors, for a compiled function would be compiled anew for each new number.
-        numbers = torch.tensor(
-            [
-                group["lr"] / (1 - beta1**step),
-                1 / math.sqrt(1 - beta2**step),
-                1 - group["lr"] * group["weight_decay"],
-            ]
-        )
-        if parameter.is_cuda:
-            numbers = numbers.pin_memory().to(parameter.device, non_blocking=True)
+        step = float(state["step"])
+        if step not in numbers:
+            numbers[step] = _numbers(step, group, parameter.device)
+        beta1, beta2 = group["betas"]
         flat, gradient = parameter.view(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
-        for start in range(0, len(flat), SLICE):
-            part = slice(start, start + SLICE)
-            blocks = slice(start // BLOCK, (start + SLICE) // BLOCK)
+        # What is compiled has fewer temporaries to bound, and each call costs the host more than the GPU.
+        length = 4 * SLICE if self.compiled else SLICE
+        for start in range(0, len(flat), length):
+            part = slice(start, start + length)
+            blocks = slice(start // BLOCK, (start + length) // BLOCK)
             self._slice_update(
                 flat[part],
                 gradient[part],
                 *(state[name].view(-1)[part] for name in ("exp_avg", "exp_avg_root")),
                 state["scales"][:, blocks] if self.eight_bit else None,
                 state["compensation"].view(-1)[part] if "compensation" in state else None,
-                numbers,
+                numbers[step],
                 beta1,
                 beta2,
                 group["eps"],
@@ -127,6 +124,22 @@ class CompactAdamW(torch.optim.Optimizer):
         if self.kahan and parameter.dtype == torch.bfloat16:
             state["compensation"] = torch.zeros_like(parameter)
         return state
+
+
+def _numbers(step: float, group: dict[str, Any], device: torch.device) -> Tensor:
+    """The rate and √v's factor, both with their bias corrected, and what decay leaves of a weight.
+
+    As a tensor, for a compiled function would be compiled anew for each new number.
+    """
+    beta1, beta2 = group["betas"]
+    numbers = torch.tensor(
+        [
+            group["lr"] / (1 - beta1**step),
+            1 / math.sqrt(1 - beta2**step),
+            1 - group["lr"] * group["weight_decay"],
+        ]
+    )
+    return on_device(numbers, device)
 
 
 BLOCK = 256
@@ -173,8 +186,9 @@ def _adamw_slice(
         weight.copy_(round_stochastically(new, 16))
     else:
         new = new + compensation.float()
-        weight.copy_(new)
-        compensation.copy_(new - weight.float())
+        rounded = _round_to_bf16(new)
+        weight.copy_(rounded)
+        compensation.copy_(new - rounded)
 
 
 def round_stochastically(values: Tensor, dropped_bits: int) -> Tensor:
@@ -185,6 +199,16 @@ def round_stochastically(values: Tensor, dropped_bits: int) -> Tensor:
     span = 1 << dropped_bits
     noise = torch.randint(span, values.shape, dtype=torch.int32, device=values.device)
     rounded = ((values.contiguous().view(torch.int32) + noise) & -span).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values)
+
+
+def _round_to_bf16(values: Tensor) -> Tensor:
+    """Round float32 values to nearest, ties to even, as a cast to bf16 and back would.
+
+    A compiler leaves such a pair of casts out, and Kahan's compensation would then be nothing.
+    """
+    bits = values.contiguous().view(torch.int32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values)
 
 

@@ -109,8 +109,10 @@ def make_plan(
     """Say what training the model of `config` takes on `device`, or on `num_gpus` of a `cluster` of them.
 
     Memory and time are those of one rank under the recipe's `parallel` section; tokens a second are all ranks'.
-    Raises `ModelError` for an unsupported family, `RecipeError` for a layout that the number of GPUs does not allow.
+    Raises `ModelError` for a config that describes no model of a supported family, `RecipeError` for a layout that the
+    number of GPUs does not allow.
     """
+    parameters = count_parameters(config)
     workload = estimate(recipe)
     load = load_of(recipe, config, workload, device)
     layout = placed(load, Layout.of(recipe.parallel, num_gpus, load.num_heads), device)
@@ -134,7 +136,7 @@ def make_plan(
         base=recipe.model.base,
         method=recipe.train.method,
         device=device,
-        parameters=count_parameters(config),
+        parameters=parameters,
         workload=workload,
         memory=memory,
         memory_bytes=memory.total,

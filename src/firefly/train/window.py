@@ -16,6 +16,7 @@ from torch import Tensor
 
 from firefly.data.loader import Batch
 from firefly.data.tokens import Tokens
+from firefly.model.packed import on_device
 from firefly.train.parallel import Ranks
 
 
@@ -60,10 +61,10 @@ class Window:
         self._targets += len(batch.target_ids)
         self._tokens += len(batch.input_ids)
         self._slots += self.slots_per_batch or len(batch.input_ids)
-        host = torch.from_numpy(kinds)
-        here = host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
         # Not bincount or index_add: on CUDA the one waits for the device, the other adds in any order.
-        self._losses += torch.where(self._kinds == here, losses.detach().double(), 0.0).sum(1)
+        self._losses += torch.where(
+            self._kinds == on_device(kinds, self.device), losses.detach().double(), 0.0
+        ).sum(1)
         for name, value in others.items():
             self._others[name] = self._others.get(name, 0.0) + value.detach().double()
 
