@@ -5,9 +5,6 @@
     verse.jsonl      regulated poems: with their titles, then again several to a page, then their middle couplets
     rhymes.jsonl     the same poems by rhyme, as rhyme books order them, and the characters that rhyme in them
     forms.jsonl      as many poems of each form, under its name or under the characters that begin its lines
-    echoes.jsonl     rows of characters drawn by chance, which come again in another order
-    quotes.jsonl     poems under one of their lines or the characters that begin them, passages under a sentence
-    reviews.jsonl    reviews with what they are, good or bad, and pages of either
     chinese.jsonl    vernacular novels, classical prose, Wikipedia
     english.jsonl    novels, the King James Bible, Shakespeare
     others.jsonl     sentences in some twenty languages
@@ -23,18 +20,14 @@ import argparse
 import gzip
 import hashlib
 import json
-import random
-import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from firefly.data.literature import Verse, read_verse
 from firefly.evaluate.forms import verse_lines
 from firefly.evaluate.verse import acrostic, judge_poem
 from firefly.files import read_json_lines, write_atomic
-from make_samples import DEMO, antithetical, by_the_book, common_characters, eligible_reviews
+from make_samples import DEMO, antithetical, by_the_book, common_characters
 
 PROSE = {  # file of plain text → characters taken of it, and the result it goes into
     "zh_classics_pd": (1_600_000, "chinese"),
@@ -47,12 +40,6 @@ PROSE = {  # file of plain text → characters taken of it, and the result it go
 PAGE_CHARACTERS = 220
 PAGES_OF = {"poems": 1, "couplets": 2}  # how often each comes back, every time in other company
 POEMS_OF_A_FORM = 6000
-ECHO_PAGES, ECHO_CHARACTERS = 12_000, 5000
-BETWEEN_ECHOES = ("\n", "，", "。", "\n\n", "、", "：", "——", " ")
-QUOTED = {"poems": 12_000, "chinese": 3000, "english": 1500, "others": 1000}
-POEM_UNDER = ("{}", "“{}”", "{}……", "{form}：{}", "{}（{form}）", "{}\n")
-PASSAGE_UNDER = ("{}", "“{}”", "{}\n")
-SENTENCE_END = re.compile("(?<=[。！？!?.])\\s*")
 HEADINGS = ("{form}\n{title}", "{title}（{form}）", "{form}《{title}》", "{title}\n{form}", "{heads}")
 
 
@@ -61,16 +48,15 @@ def rank(*parts: str) -> str:
     return hashlib.sha256("\0".join(("firefly-corpus", *parts)).encode("utf-8")).hexdigest()
 
 
-def sample_rows(name: str) -> list[dict[str, Any]]:
-    """The records of one of the demo's samples."""
-    with gzip.open(DEMO / name, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def sample_lines() -> set[str]:
     """Every line of verse in the demo's samples."""
-    rows = [*sample_rows("lushi.jsonl.gz"), *sample_rows("jueju.jsonl.gz")]
-    return {line for row in rows for line in verse_lines("".join(row["content"]))}
+    lines: set[str] = set()
+    for name in ("lushi.jsonl.gz", "jueju.jsonl.gz"):
+        with gzip.open(DEMO / name, "rt", encoding="utf-8") as file:
+            lines.update(
+                line for row in map(json.loads, file) for line in verse_lines("".join(row["content"]))
+            )
+    return lines
 
 
 def regulated(pack: Path, left_out: set[str]) -> dict[Verse, str]:
@@ -127,47 +113,6 @@ def form_pages(poems: Collection[Verse]) -> Iterator[str]:
             yield heading.format(form=form, title=verse.title, heads=heads) + f"\n{verse.text}"
 
 
-def echo_pages(texts: Iterable[str]) -> Iterator[str]:
-    """Rows of 3 to 12 Chinese characters drawn by chance, one to four at a time, that come again, shuffled.
-
-    Nothing else can be learned from them, so they teach what verse and prose hardly do: to look up what followed when
-    this character stood here before.
-    """
-    counts = Counter(character for text in texts for character in text if "一" <= character <= "鿿")
-    characters, numbers = zip(*counts.most_common(ECHO_CHARACTERS), strict=True)
-    weights = [number**0.3 for number in numbers]  # rare characters are copied as well as common ones
-    chance = random.Random("firefly-echoes")
-    for _ in range(ECHO_PAGES):
-        page = ""
-        while len(page) < PAGE_CHARACTERS:
-            rows = [
-                "".join(chance.choices(characters, weights, k=chance.randint(3, 12)))
-                for _ in range(chance.choice((1, 1, 2, 3, 4)))
-            ]
-            between = chance.choice(BETWEEN_ECHOES)
-            for _ in range(chance.choice((2, 2, 3))):
-                page += "".join(row + between for row in rows)
-                chance.shuffle(rows)
-        yield page[:PAGE_CHARACTERS]
-
-
-def quote_pages(poems: Collection[Verse], prose: dict[str, list[str]]) -> Iterator[str]:
-    """Poems under their first line, any line or the characters that begin their lines; passages under a sentence."""
-    for verse in sorted(poems, key=lambda verse: rank("quotes", verse.group))[: QUOTED["poems"]]:
-        chance = random.Random(verse.group)
-        first, heads, any_line = verse.lines[0], acrostic(verse.text), chance.choice(verse.lines)
-        heading = chance.choice(POEM_UNDER).format(
-            chance.choice((first, first, heads, any_line)), form=verse.form
-        )
-        yield f"{heading}\n{verse.text}"
-    for name, texts in prose.items():
-        for text in sorted(texts, key=lambda text: rank("quotes", text))[: QUOTED[name]]:
-            chance, passage = random.Random(text), text[:PAGE_CHARACTERS]
-            sentences = [one for one in SENTENCE_END.split(passage) if 6 <= len(one) <= 80]
-            if sentences:
-                yield f"{chance.choice(PASSAGE_UNDER).format(chance.choice(sentences))}\n{passage}"
-
-
 def pages(texts: Iterable[str], order: str, between: str = "\n\n") -> Iterator[str]:
     """Texts in an order of their own, to pages of `PAGE_CHARACTERS`."""
     page = ""
@@ -178,18 +123,6 @@ def pages(texts: Iterable[str], order: str, between: str = "\n\n") -> Iterator[s
         page += (between if page else "") + text
     if page:
         yield page
-
-
-def review_pages(pack: Path) -> Iterator[str]:
-    """Reviews that are not among the samples: above their grade, and again by grade, several to a page."""
-    sampled = {row["review"] for row in sample_rows("reviews.jsonl.gz")}
-    graded: dict[str, list[str]] = {"差评": [], "好评": []}
-    for row in eligible_reviews(pack):
-        if row["review"] not in sampled:
-            graded["差评" if row["label"] == "0" else "好评"].append(row["review"])
-    for grade, texts in graded.items():
-        yield from (f"{text}\n{grade}" for text in texts)
-        yield from (f"{grade}\n{page}" for page in pages(texts, grade, "\n"))
 
 
 def prose(file: Path, num_characters: int, left_out: set[str]) -> Iterator[str]:
@@ -231,7 +164,6 @@ def main() -> None:
     write(options.out / "verse.jsonl", list(verse_pages(poems)))
     write(options.out / "rhymes.jsonl", list(rhyme_pages(poems)))
     write(options.out / "forms.jsonl", list(form_pages(poems)))
-    write(options.out / "reviews.jsonl", list(review_pages(options.shared / "pack")))
     found: dict[str, list[str]] = {}
     for name, (num_characters, result) in PROSE.items():
         found.setdefault(result, []).extend(
@@ -239,8 +171,6 @@ def main() -> None:
         )
     for result, texts in found.items():
         write(options.out / f"{result}.jsonl", texts)
-    write(options.out / "echoes.jsonl", list(echo_pages([*(v.text for v in poems), *found["chinese"]])))
-    write(options.out / "quotes.jsonl", list(quote_pages(poems, found)))
 
 
 if __name__ == "__main__":

