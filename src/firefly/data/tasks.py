@@ -86,8 +86,11 @@ class Task:
 
     def eligible(self, names: Collection[str], among: Collection[str] = ()) -> list[Direction]:
         """The directions that a record with these fields can be asked in, of all or `among` those of these names."""
-        wanted = [direction for direction in self.directions if not among or direction.name in among]
-        return [direction for direction in wanted if direction.needs.issubset(names)]
+        return [direction for direction in self._named(among) if direction.needs.issubset(names)]
+
+    def _named(self, among: Collection[str]) -> list[Direction]:
+        """The directions of these names; all where none is named."""
+        return [direction for direction in self.directions if not among or direction.name in among]
 
     def _options(self, names: frozenset[str], among: tuple[str, ...]) -> tuple[list[_Option], list[slice]]:
         """The templates for such a record, each with its direction and weight, and where each direction's are."""
@@ -125,8 +128,8 @@ class Task:
         present = {name: text for name, text in fields.items() if text.strip()}
         options, spans = self._options(frozenset(present), tuple(among))
         if not options:
-            wanted = [direction for direction in self.directions if not among or direction.name in among]
-            needed = " or ".join(sorted({" + ".join(sorted(direction.needs)) for direction in wanted}))
+            wanted = {" + ".join(sorted(direction.needs)) for direction in self._named(among)}
+            needed = " or ".join(sorted(wanted))
             there = ", ".join(sorted(present)) or "none"
             raise InputError(
                 f"{source}: task {self.kind} needs the fields {needed}; the fields there are: {there}."
