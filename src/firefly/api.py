@@ -12,11 +12,11 @@ A recipe is a path, with `section.key=value` overrides, or a `Recipe`. What the 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from firefly.errors import InputError
 from firefly.recipe import Engine, GenerationSection, Recipe
@@ -368,16 +368,21 @@ def chat(
     *,
     prompt: str | None = None,
     system: str | None = None,
-    options: GenerationSection | None = None,
+    options: GenerationSection | Mapping[str, Any] | None = None,
     out: TextIO | None = None,
 ) -> ChatResult:
-    """Talk with a model in the terminal, or answer one prompt; the answers stream to `out`, or else to stdout."""
+    """Talk with a model in the terminal, or answer one prompt; the answers stream to `out`, or else to stdout.
+
+    A model of a run samples as the run's recipe says; `options` may be a mapping that changes some of that.
+    """
     from firefly.app.chat import chat as talk
-    from firefly.app.chat import model_directory
+    from firefly.app.chat import model_directory, sampling_of
     from firefly.model.hub import resolve
 
     directory = model_directory(resolve(str(model)))
-    return talk(directory, options or GenerationSection(), prompt=prompt, system=system, out=out)
+    if not isinstance(options, GenerationSection):
+        options = GenerationSection.model_validate(sampling_of(directory).model_dump() | dict(options or {}))
+    return talk(directory, options, prompt=prompt, system=system, out=out)
 
 
 def verse(

@@ -24,7 +24,6 @@ from typer.core import TyperGroup
 
 from firefly import api, console
 from firefly.errors import FireflyError, InputError, Interrupted, ProofError
-from firefly.recipe import GenerationSection
 
 
 class _Verbs(TyperGroup):
@@ -651,24 +650,33 @@ def chat(
         str | None, typer.Option("--prompt", "-p", help="Answer this one prompt and end.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 picks the likeliest token.", min=0)] = 0.35,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.85,
-    repetition_penalty: Annotated[float, typer.Option(min=1)] = 1.2,
-    seed: Annotated[int, typer.Option(min=0)] = 42,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 picks the likeliest token.", min=0)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.01, max=1)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=1)] = None,
+    penalize_prompt: Annotated[
+        bool | None,
+        typer.Option(help="Whether the words of the question count as repeated."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Talk with a model; /reset, /system TEXT and /exit work inside, Ctrl-C stops an answer."""
+    """Talk with a model; /reset, /system TEXT and /exit work inside, Ctrl-C stops an answer.
+
+    It samples as the recipe of its run says, and else with temperature 0.35, top_p 0.85 and repetition penalty 1.2.
+    """
     console.quiet(quiet)
-    options = GenerationSection(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": None if temperature is None else temperature > 0,
+        "temperature": temperature or None,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "penalize_prompt": penalize_prompt,
+        "seed": seed,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
     result = api.chat(
         model, prompt=prompt, system=system, options=options, out=sys.stderr if as_json else None
     )

@@ -323,6 +323,11 @@ class GenerationSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.35
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.85
     repetition_penalty: Annotated[float, Field(ge=1)] = 1.2
+    penalize_prompt: bool = Field(
+        default=True,
+        description="whether a token of the prompt counts as repeated, as in transformers; false where answers take "
+        "up words of the question",
+    )
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 42
 
 

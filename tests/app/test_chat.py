@@ -20,11 +20,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from firefly import console
 from firefly.app import chat as module
 from firefly.app.chat import ChatResult, chat, context_tokens, model_directory
+from firefly.cli import main
 from firefly.data.chatformat import render
 from firefly.data.example import Message
 from firefly.data.tokenizer import ModelTokenizer
 from firefly.errors import InputError, ModelError
-from firefly.recipe import GenerationSection
+from firefly.recipe import GenerationSection, Recipe
 
 OPTIONS = GenerationSection(max_new_tokens=40)
 CONTEXT = 400
@@ -273,6 +274,28 @@ def test_an_output_directory_means_its_model(tmp_path: Path) -> None:
     inner = make_model_files(tmp_path / "run" / "model")
     assert model_directory(tmp_path / "run") == inner
     assert model_directory(inner) == inner
+
+
+def test_a_run_samples_as_its_recipe_says_and_options_change_some_of_it(
+    tmp_path: Path, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone, model = make_model_files(tmp_path / "alone"), make_model_files(tmp_path / "run" / "model")
+    recipe = {"name": "r", "output_dir": "out", "model": {"base": "b"}, "data": {"sources": [{"path": "x"}]}}
+    said = {"temperature": 0.7, "penalize_prompt": False, "max_new_tokens": 60}
+    written = Recipe.model_validate(recipe | {"generation": said})
+    (tmp_path / "run" / "recipe.toml").write_text(written.to_toml(), encoding="utf-8")
+
+    def options(*arguments: str) -> GenerationSection:
+        with pytest.raises(SystemExit, match="0"):
+            main(["chat", *arguments, "--prompt", "你好"])
+        assert capsys.readouterr().out
+        return script.options[-1]
+
+    assert options(str(alone)) == GenerationSection()
+    assert options(str(tmp_path / "run")) == GenerationSection(**said)
+    changed = said | {"temperature": 0.9, "penalize_prompt": True}
+    assert options(str(model), "--temperature", "0.9", "--penalize-prompt") == GenerationSection(**changed)
+    assert not options(str(model), "--temperature", "0").do_sample
 
 
 def test_bad_directories_are_one_sentence(tmp_path: Path) -> None:

@@ -43,14 +43,19 @@ def generator(directory: Path) -> Generator:
     return open_generator(directory)
 
 
-def reference(directory: Path, prompt: list[int], penalty: float = 1.0, steps: int = 12) -> list[int]:
-    """Greedy decoding of one prompt, written out: no cache, no padding; penalty as in Keskar et al. 2019."""
+def reference(
+    directory: Path, prompt: list[int], penalty: float = 1.0, steps: int = 12, unseen: int = 0
+) -> list[int]:
+    """Greedy decoding of one prompt, written out: no cache, no padding; penalty as in Keskar et al. 2019.
+
+    The first `unseen` tokens do not count as repeated.
+    """
     model = AutoModelForCausalLM.from_pretrained(directory).eval()
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(steps):
             logits = model(torch.tensor([ids])).logits[0, -1]
-            for token in set(ids):
+            for token in set(ids[unseen:]):
                 logits[token] = logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
             if int(logits.argmax()) == EOS:
                 break
@@ -67,6 +72,17 @@ def test_a_batch_of_unequal_prompts_equals_each_prompt_alone(
     assert len({tuple(answer) for answer in expected}) > 1
     assert generator.answer(PROMPTS, options) == expected
     assert [generator.answer([prompt], options)[0] for prompt in PROMPTS] == expected
+
+
+def test_the_prompt_need_not_count_as_repeated(directory: Path, generator: Generator) -> None:
+    """In any batch, with rows refilled, and through transformers' own generate."""
+    options = GREEDY.model_copy(update={"repetition_penalty": 1.6, "penalize_prompt": False})
+    expected = [reference(directory, prompt, 1.6, unseen=len(prompt)) for prompt in PROMPTS]
+    assert expected != [reference(directory, prompt, 1.6) for prompt in PROMPTS]
+    for size in (1, 2, 32):
+        assert generator.answer(PROMPTS, options, batch_size=size) == expected
+    hub = open_hub_generator(directory)
+    assert [hub.stream(prompt, options, lambda _: None) for prompt in PROMPTS] == expected
 
 
 @pytest.mark.parametrize("family", SHAPES)

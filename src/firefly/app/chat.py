@@ -32,7 +32,7 @@ from firefly.model.generate import Generator, open_generator
 from firefly.model.hub_generate import HubGenerator, open_hub_generator
 from firefly.model.load import read_config
 from firefly.model.shards import weight_files
-from firefly.recipe import GenerationSection
+from firefly.recipe import GenerationSection, Recipe
 from firefly.text import StreamDecoder
 
 COMMANDS = {
@@ -126,6 +126,12 @@ def model_directory(path: Path) -> Path:
     read_config(directory)
     weight_files(directory)
     return directory
+
+
+def sampling_of(directory: Path) -> GenerationSection:
+    """How the run that a model directory belongs to samples; outside of one, the defaults."""
+    recipe = directory.absolute().parent / "recipe.toml"
+    return Recipe.load(recipe).generation if recipe.is_file() else GenerationSection()
 
 
 class Conversation:

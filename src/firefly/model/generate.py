@@ -126,7 +126,7 @@ class Generator:
                 if num_tokens > _PROMPT_TOKENS and len(rows) > num_old:
                     break
                 seen[len(rows)] = False
-                seen[len(rows), list(prompt.ids)] = True
+                seen[len(rows), list(prompt.ids)] = options.penalize_prompt
                 key = prompt.key or " ".join(map(str, prompt.ids))
                 rows.append(_Row(waiting.popleft(), prompt, chances(options.seed, key)))
             texts = [row.answer[-1:] if row.answer else row.prompt.ids for row in rows]

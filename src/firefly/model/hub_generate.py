@@ -40,19 +40,25 @@ class HubGenerator:
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[int]:
         """As `Generator.stream`."""
-        from transformers import GenerationConfig, StoppingCriteriaList
+        from transformers import (
+            GenerationConfig,
+            LogitsProcessorList,
+            RepetitionPenaltyLogitsProcessor,
+            StoppingCriteriaList,
+        )
 
         sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         settings = GenerationConfig(
             max_new_tokens=options.max_new_tokens,
             do_sample=options.do_sample,
-            repetition_penalty=options.repetition_penalty,
+            repetition_penalty=options.repetition_penalty if options.penalize_prompt else 1.0,
             eos_token_id=list(self.eos_ids),
             pad_token_id=self.eos_ids[0],
             use_cache=True,
             **(sampling if options.do_sample else {}),
         )
         ids = torch.tensor([list(prompt)], device=self.device)
+        penalise = RepetitionPenaltyLogitsProcessor(options.repetition_penalty, len(prompt))
         forked = [self.device] if self.device.type == "cuda" else []
         with quiet_transformers(), torch.random.fork_rng(forked):
             torch.manual_seed(options.seed)
@@ -60,6 +66,7 @@ class HubGenerator:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=settings,
+                logits_processor=LogitsProcessorList([] if options.penalize_prompt else [penalise]),
                 stopping_criteria=StoppingCriteriaList([_Watch(on_token, should_stop, self.eos_ids)]),
             )
         answer: list[int] = out[0, len(prompt) :].tolist()
