@@ -66,6 +66,16 @@ def test_poems_rhyme_by_the_book(old: str, rhymes: int) -> None:
     assert counts["poems: rhyme"] == [rhymes, 1]
 
 
+def test_a_given_first_line_is_kept_or_not() -> None:
+    kept = "poems: the given first line, word for word"
+    counts: dict[str, Any] = {}
+    TOOL["count_poem"]("写一首五言绝句，题为《登鹳雀楼》。", POEM, POEM, counts)
+    assert kept not in counts
+    for answer in (POEM, POEM.replace("依", "西"), ""):
+        TOOL["count_poem"]("续诗，从第一句写起：白日依山尽", POEM, answer, counts)
+    assert counts[kept] == [1, 3]
+
+
 def test_a_repeated_line_is_no_poem() -> None:
     line = POEM.split("\n")[0]
     assert not TOOL["right_form"]("写一首五言绝句", POEM, f"{line}\n{line}")

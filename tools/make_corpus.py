@@ -5,6 +5,8 @@
     verse.jsonl      regulated poems: with their titles, then again several to a page, then their middle couplets
     rhymes.jsonl     the same poems by rhyme, as rhyme books order them, and the characters that rhyme in them
     forms.jsonl      as many poems of each form, under its name or under the characters that begin its lines
+    echoes.jsonl     rows of characters drawn by chance, which come again in another order
+    quotes.jsonl     poems under one of their lines or the characters that begin them, passages under a sentence
     chinese.jsonl    vernacular novels, classical prose, Wikipedia
     english.jsonl    novels, the King James Bible, Shakespeare
     others.jsonl     sentences in some twenty languages
@@ -20,6 +22,9 @@ import argparse
 import gzip
 import hashlib
 import json
+import random
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -40,6 +45,12 @@ PROSE = {  # file of plain text → characters taken of it, and the result it go
 PAGE_CHARACTERS = 220
 PAGES_OF = {"poems": 1, "couplets": 2}  # how often each comes back, every time in other company
 POEMS_OF_A_FORM = 6000
+ECHO_PAGES, ECHO_CHARACTERS = 12_000, 5000
+BETWEEN_ECHOES = ("\n", "，", "。", "\n\n", "、", "：", "——", " ")
+QUOTED = {"poems": 12_000, "chinese": 3000, "english": 1500, "others": 1000}
+POEM_UNDER = ("{}", "“{}”", "{}……", "{form}：{}", "{}（{form}）", "{}\n")
+PASSAGE_UNDER = ("{}", "“{}”", "{}\n")
+SENTENCE_END = re.compile("(?<=[。！？!?.])\\s*")
 HEADINGS = ("{form}\n{title}", "{title}（{form}）", "{form}《{title}》", "{title}\n{form}", "{heads}")
 
 
@@ -113,6 +124,47 @@ def form_pages(poems: Collection[Verse]) -> Iterator[str]:
             yield heading.format(form=form, title=verse.title, heads=heads) + f"\n{verse.text}"
 
 
+def echo_pages(texts: Iterable[str]) -> Iterator[str]:
+    """Rows of 3 to 12 Chinese characters drawn by chance, one to four at a time, that come again, shuffled.
+
+    Nothing else can be learned from them, so they teach what verse and prose hardly do: to look up what followed when
+    this character stood here before.
+    """
+    counts = Counter(character for text in texts for character in text if "一" <= character <= "鿿")
+    characters, numbers = zip(*counts.most_common(ECHO_CHARACTERS), strict=True)
+    weights = [number**0.3 for number in numbers]  # rare characters are copied as well as common ones
+    chance = random.Random("firefly-echoes")
+    for _ in range(ECHO_PAGES):
+        page = ""
+        while len(page) < PAGE_CHARACTERS:
+            rows = [
+                "".join(chance.choices(characters, weights, k=chance.randint(3, 12)))
+                for _ in range(chance.choice((1, 1, 2, 3, 4)))
+            ]
+            between = chance.choice(BETWEEN_ECHOES)
+            for _ in range(chance.choice((2, 2, 3))):
+                page += "".join(row + between for row in rows)
+                chance.shuffle(rows)
+        yield page[:PAGE_CHARACTERS]
+
+
+def quote_pages(poems: Collection[Verse], prose: dict[str, list[str]]) -> Iterator[str]:
+    """Poems under their first line, any line or the characters that begin their lines; passages under a sentence."""
+    for verse in sorted(poems, key=lambda verse: rank("quotes", verse.group))[: QUOTED["poems"]]:
+        chance = random.Random(verse.group)
+        first, heads, any_line = verse.lines[0], acrostic(verse.text), chance.choice(verse.lines)
+        heading = chance.choice(POEM_UNDER).format(
+            chance.choice((first, first, heads, any_line)), form=verse.form
+        )
+        yield f"{heading}\n{verse.text}"
+    for name, texts in prose.items():
+        for text in sorted(texts, key=lambda text: rank("quotes", text))[: QUOTED[name]]:
+            chance, passage = random.Random(text), text[:PAGE_CHARACTERS]
+            sentences = [one for one in SENTENCE_END.split(passage) if 6 <= len(one) <= 80]
+            if sentences:
+                yield f"{chance.choice(PASSAGE_UNDER).format(chance.choice(sentences))}\n{passage}"
+
+
 def pages(texts: Iterable[str], order: str, between: str = "\n\n") -> Iterator[str]:
     """Texts in an order of their own, to pages of `PAGE_CHARACTERS`."""
     page = ""
@@ -171,6 +223,8 @@ def main() -> None:
         )
     for result, texts in found.items():
         write(options.out / f"{result}.jsonl", texts)
+    write(options.out / "echoes.jsonl", list(echo_pages([*(v.text for v in poems), *found["chinese"]])))
+    write(options.out / "quotes.jsonl", list(quote_pages(poems, found)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ of them are counted, so one wrong position costs one position); it closes in the
 Poems: the form is the one that the question names, or, where it names none, any 绝句 or 律诗 of five or seven
 characters that goes on from the given first line and has as many lines as an acrostic asks for; no line comes twice.
 A poem rhymes when its even lines share a rhyme of the classical book (平水韵), and so does a first line that closes
-level; a poem of a wrong form never does. Tones are those of the same book.
+level; a poem of a wrong form never does. Tones are those of the same book. Where the first line was given, the poem
+begins with it, every character of it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,9 @@ def count_poem(question: str, reference: str, answer: str, counts: Counts) -> No
     judged = judge_poem(answer) if right else None
     _add(counts, "poems: rhyme", judged is not None and judged.rhymed)
     _add(counts, "poems: every tone by the book", judged is not None and judged.regulated)
+    first = verse_lines(reference)[0]
+    if first in question:
+        _add(counts, "poems: the given first line, word for word", verse_lines(answer)[:1] == [first])
 
 
 def right_form(question: str, reference: str, answer: str) -> bool:
